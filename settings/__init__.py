@@ -1,0 +1,90 @@
+"""The one place that reads the environment.
+
+Every variable is named `DIABETES_...` and listed in docs/settings.md. Importing this module has
+no effect; `settings()` reads the environment once and keeps the answer.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+PUBLISHER_URL = (
+    "https://archive.ics.uci.edu/static/public/296/"
+    "diabetes+130-us+hospitals+for+years+1999-2008.zip"
+)
+PUBLISHER_CSV_SHA256 = "0689e7ec031237dc63031b938805c48377748761a3b26acab621567afa24df97"
+
+
+class Settings(BaseSettings):
+    """What a user can set, with the defaults that `make run` works with."""
+
+    model_config = SettingsConfigDict(env_prefix="DIABETES_", extra="ignore", frozen=True)
+
+    state_dir: Path = Field(
+        PROJECT_ROOT / ".run", description="Databases, logs, downloads and generated secrets"
+    )
+    source: str = Field(
+        PUBLISHER_URL,
+        description="Path to a zip or csv, a URL, or synthetic[:rows[:seed]]",
+    )
+    source_sha256: str = Field(
+        "", description="Expected SHA-256 of the CSV; the publisher's is built in"
+    )
+    reject_limit_percent: float = Field(
+        1.0, ge=0, le=100, description="Share of broken rows from which a load fails"
+    )
+    db_host: str = Field("127.0.0.1", description="Data database: host")
+    db_port: int = Field(55432, description="Data database: port")
+    db_user: str = Field("diabetes", description="Data database: user")
+    db_password: SecretStr = Field(SecretStr(""), description="Data database: password")
+    db_name: str = Field("diabetes", description="Data database: name")
+    dbt_manifest: Path = Field(
+        PROJECT_ROOT / "dbt_diabetes" / "target" / "manifest.json",
+        description="What Cosmos renders the DAG from; made by dbt parse",
+    )
+    airflow_port: int = Field(8080, description="Preferred port of the Airflow UI")
+    run_timeout: int = Field(3600, description="Seconds `make run` waits for the pipeline")
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where downloads are kept between runs."""
+        return self.state_dir / "cache"
+
+    @property
+    def work_dir(self) -> Path:
+        """Where each run's temporary folder is made."""
+        return self.state_dir / "work"
+
+    @property
+    def dsn(self) -> str:
+        """Connection string (libpq) of the data database."""
+        from psycopg2.extensions import make_dsn
+
+        return str(
+            make_dsn(
+                host=self.db_host,
+                port=self.db_port,
+                user=self.db_user,
+                password=self.db_password.get_secret_value(),
+                dbname=self.db_name,
+                application_name="ingestion",
+            )
+        )
+
+    def expected_sha256(self, source: str) -> str:
+        """SHA-256 that the CSV of `source` must have; empty where any is accepted."""
+        if self.source_sha256 and source == self.source:
+            return self.source_sha256.lower()
+        return PUBLISHER_CSV_SHA256 if source == PUBLISHER_URL else ""
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process, read from the environment once."""
+    return Settings()
