@@ -37,18 +37,19 @@ class RowStream:
     describe the whole file; `failure` is what `read` raised, for callers that can't catch it.
 
     Args:
-        binary: the CSV, opened in binary mode; quoted fields and any line end are understood.
+        binary: the CSV, opened in binary mode; quoted fields, LF and CRLF are understood.
         name: what to call the file in messages.
 
     Raises:
-        IngestionError: on reading, for an empty file, a wrong header or bytes that are not UTF-8.
+        IngestionError: on reading, for an empty file, a wrong header, an endless record or bytes
+            that are not UTF-8.
     """
 
     def __init__(self, binary: IO[bytes], name: str) -> None:
         self.name = name
         self.rows = 0
         self.rejected = 0
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._digest = hashlib.sha256()
         self._binary = binary
         # Rejects are kept as a file, so that a file of nothing but rejects costs no memory.
@@ -67,7 +68,7 @@ class RowStream:
         """Return the next block of valid lines (`size` is ignored), or nothing at the end."""
         try:
             return next(self._blocks, b"")
-        except Exception as error:
+        except BaseException as error:
             self.failure = error
             raise
 
@@ -126,7 +127,13 @@ class RowStream:
     def _check_header(self, first: bytes) -> None:
         if first.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise IngestionError(f"{self.name}: the file is UTF-16; expected UTF-8, convert it")
-        header = next(csv.reader([self._text(first.removeprefix(b"\xef\xbb\xbf"), 1)]), [])
+        text = self._text(first.removeprefix(b"\xef\xbb\xbf"), 1)
+        if "\r" in text:
+            raise IngestionError(
+                f"{self.name}, line 1: a carriage return within the line; expected lines that end "
+                "in LF or CRLF, convert the file"
+            )
+        header = next(csv.reader([text]), [])
         if tuple(header) != HEADER:
             raise IngestionError(f"{self.name}, line 1: {_header_difference(header)}")
 
@@ -152,6 +159,8 @@ class RowStream:
         self._reject_writer.writerow((line_number, reason, record.replace("\0", "\u2400")))
 
     def _text(self, line: bytes, line_number: int) -> str:
+        if len(line) > MAX_RECORD_BYTES:
+            raise self._too_long(line_number)
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -6,8 +6,10 @@ A source is written as the user writes it: a path to a zip or csv, an http(s) UR
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import lzma
 import re
 import time
 import zipfile
@@ -37,6 +39,7 @@ MAX_ZIP_RATIO = 100
 _TIMEOUT = (10, 60)  # seconds to connect, seconds between bytes
 _ATTEMPTS = 5
 _CHUNK = 1 << 18
+_DAMAGE = (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class Source:
         """Tell a URL from a path from a request for synthetic data.
 
         Raises:
-            IngestionError: the text is empty or a URL of another scheme than http(s).
+            IngestionError: the text is empty, a URL without host or of another scheme than
+                http(s), or asks for synthetic data of an impossible size.
         """
         text = text.strip()
         if not text:
@@ -67,8 +71,8 @@ class Source:
             _synthetic_arguments(text)
             return cls(text, "synthetic")
         if "://" in text:
-            if urlsplit(text).scheme not in ("http", "https"):
-                raise IngestionError(f"{text}: expected a URL that begins with http:// or https://")
+            if not re.match(r"https?://[^/?#\s]", text, re.IGNORECASE):
+                raise IngestionError(f"{text}: expected a URL such as https://host/file.zip")
             return cls(text, "url")
         return cls(text, "file")
 
@@ -108,13 +112,17 @@ def obtain(source: Source, folder: Path, cache: Path, expected_sha256: str = "")
 
 
 def _synthetic_arguments(text: str) -> tuple[int, int]:
-    from ingestion.synthetic import DEFAULT_ROWS, DEFAULT_SEED
+    from ingestion.synthetic import DEFAULT_ROWS, DEFAULT_SEED, csv_blocks
 
     match = re.fullmatch(r"synthetic(?::(\d{1,9}))?(?::(\d{1,9}))?", text)
     if not match:
         raise IngestionError(f"{text}: expected synthetic, synthetic:ROWS or synthetic:ROWS:SEED")
-    rows, seed = match.groups()
-    return int(rows or DEFAULT_ROWS), int(seed or DEFAULT_SEED)
+    rows, seed = int(match[1] or DEFAULT_ROWS), int(match[2] or DEFAULT_SEED)
+    try:
+        csv_blocks(rows, seed)  # generates nothing yet, but checks what it is asked for
+    except ValueError as error:
+        raise IngestionError(f"{text}: {error}") from error
+    return rows, seed
 
 
 @contextmanager
@@ -143,7 +151,11 @@ def open_csv(path: Path) -> Iterator[IO[bytes]]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(_csv_member(path, archive)) as member:
             yield member
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except (*_DAMAGE, OSError) as error:
+        # An offset out of the file is EINVAL, broken bzip2 an OSError without a number; any other
+        # (a full disk) is the machine's.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise IngestionError(
             f"{path}: the zip is damaged or cut off ({error}); fetch it again"
         ) from error
@@ -178,6 +190,13 @@ def csv_sha256(path: Path) -> str:
         while block := csv.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _has_sha256(path: Path, expected: str) -> bool:
+    try:
+        return csv_sha256(path) == expected
+    except IngestionError:
+        return False
 
 
 def check_sha256(path: Path, actual: str, expected: str) -> None:
@@ -215,9 +234,11 @@ def _download(url: str, cache: Path, expected_sha256: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.+-]", "_", PurePosixPath(unquote(urlsplit(url).path)).name) or "download"
     target, part = folder / name, folder / f"{name}.part"
-    if expected_sha256 and target.exists() and csv_sha256(target) == expected_sha256:
-        log.info("using the cached %s", target)
-        return target
+    if expected_sha256 and target.exists():
+        if _has_sha256(target, expected_sha256):
+            log.info("using the cached %s", target)
+            return target
+        target.unlink()  # damaged, or of another time: neither "not modified" nor a fallback
     failure = ""
     with _session() as session:
         for attempt in range(_ATTEMPTS):
@@ -263,9 +284,9 @@ def _fetch(session: requests.Session, url: str, target: Path, part: Path) -> boo
     with session.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
         if response.status_code == requests.codes.not_modified:
             return False
-        if response.status_code == requests.codes.requested_range_not_satisfiable:
-            part.unlink()
-            raise requests.ConnectionError("the part kept from an earlier try is of no use")
+        if response.status_code == requests.codes.requested_range_not_satisfiable and part.exists():
+            part.unlink()  # nothing goes on from it, for example because it is complete
+            return _fetch(session, url, target, part)
         if 400 <= response.status_code < 500:
             raise SourceUnreachableError(
                 f"{url} answered {response.status_code} {response.reason}; check the URL, or set "
@@ -283,6 +304,7 @@ def _fetch(session: requests.Session, url: str, target: Path, part: Path) -> boo
                 out.write(chunk)
                 done += len(chunk)
                 if done > MAX_DOWNLOAD_BYTES:
+                    part.unlink()
                     raise IngestionError(f"{url}: more than {MAX_DOWNLOAD_BYTES:,} bytes; refused")
                 if time.monotonic() - last > 2:
                     last = time.monotonic()

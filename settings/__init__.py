@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -21,12 +22,15 @@ PUBLISHER_URL = (
 PUBLISHER_CSV_SHA256 = "0689e7ec031237dc63031b938805c48377748761a3b26acab621567afa24df97"
 
 
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
 class Settings(BaseSettings):
     """What a user can set, with the defaults that `make run` works with."""
 
     model_config = SettingsConfigDict(env_prefix="DIABETES_", extra="ignore", frozen=True)
 
-    state_dir: Path = Field(
+    state_dir: AbsolutePath = Field(
         PROJECT_ROOT / ".run", description="Databases, logs, downloads and generated secrets"
     )
     source: str = Field(
@@ -44,7 +48,7 @@ class Settings(BaseSettings):
     db_user: str = Field("diabetes", description="Data database: user")
     db_password: SecretStr = Field(SecretStr(""), description="Data database: password")
     db_name: str = Field("diabetes", description="Data database: name")
-    dbt_manifest: Path = Field(
+    dbt_manifest: AbsolutePath = Field(
         PROJECT_ROOT / "dbt_diabetes" / "target" / "manifest.json",
         description="What Cosmos renders the DAG from; made by dbt parse",
     )

@@ -1,0 +1,44 @@
+# Thin on purpose: every target calls a script or a package.
+.DEFAULT_GOAL := help
+.PHONY: help setup run up down test lint docs bench screenshots lock
+
+PYTHON_BIN := .venv/bin/python
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup:
+	@scripts/setup.sh pipeline
+
+run: setup ## Set up, start PostgreSQL and Airflow, run the pipeline, show the result
+	@$(PYTHON_BIN) -m services run
+
+up: setup ## Start PostgreSQL and Airflow only
+	@$(PYTHON_BIN) -m services up
+
+down: setup ## Stop everything that run or up started; data stay
+	@$(PYTHON_BIN) -m services down
+
+test: ## Set up and run lint and all tests
+	@scripts/setup.sh dev
+	@scripts/lint.sh
+	@$(PYTHON_BIN) -m pytest
+
+lint: ## Static checks: ruff, mypy, sqlfluff, shellcheck, yamllint
+	@scripts/setup.sh dev
+	@scripts/lint.sh
+
+docs: setup ## Build dbt's documentation as one page, site/dbt.html
+	@$(PYTHON_BIN) -m services docs
+
+bench: ## Measure ingestion, dbt, the DAG and the pandas baseline
+	@scripts/setup.sh dev
+	@$(PYTHON_BIN) -m bench
+
+screenshots: ## Take the pictures of README with headless Chromium
+	@scripts/setup.sh dev
+	@$(PYTHON_BIN) scripts/screenshots.py
+
+lock: ## Resolve pyproject.toml into requirements/*.txt
+	@scripts/setup.sh dev
+	@scripts/lock.sh

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# All static checks; the first that fails ends it.
+set -euo pipefail
+
+case "${1:-}" in
+    "") ;;
+    -h | --help) echo "Usage: scripts/lint.sh   (ruff, mypy, sqlfluff, shellcheck, yamllint)"; exit 0 ;;
+    *) echo "Usage: scripts/lint.sh" >&2; exit 2 ;;
+esac
+
+cd "$(dirname "$0")/.."
+PATH=$PWD/.venv/bin:$PATH
+ruff check .
+ruff format --check .
+mypy
+(cd dbt_diabetes && sqlfluff lint --disable-progress-bar models tests analyses)
+shellcheck scripts/*.sh .ci/run
+yamllint --strict .

@@ -1,0 +1,207 @@
+"""The platform as a whole: bring it up, run the pipeline on it, take it down."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+import psycopg2
+
+from ingestion.errors import IngestionError, SourceUnreachableError
+from ingestion.load import origins
+from ingestion.source import Source, obtain
+from services import dbt, processes
+from services.airflow import ADMIN, COMPONENTS, Airflow, environment
+from services.postgres import Postgres
+from services.report import summary
+from services.state import Secrets, write_shell_environment
+from settings import PUBLISHER_URL, Settings
+
+DAG_ID = "diabetes_data_processing"
+_SIGNS = {"success": "ok", "up_for_retry": "will retry"}
+
+log = logging.getLogger(__name__)
+
+
+class Platform:
+    """PostgreSQL, Airflow and dbt of one state folder.
+
+    Args:
+        chosen: the settings; `state_dir` is the folder.
+    """
+
+    def __init__(self, chosen: Settings) -> None:
+        self._settings = chosen
+        self._state = chosen.state_dir
+        self._docs = self._state / "dbt"
+        self._secrets = Secrets(self._state)
+        self._postgres = Postgres(self._state)
+        self._environment: dict[str, str] = {}
+
+    def up(self) -> Airflow:
+        """Start what is not running and return the healthy Airflow.
+
+        Raises:
+            PostgresError, DbtError, AirflowError: what did not start, and where its log is.
+        """
+        postgres_port = self.start_postgres()
+        airflow_port = self._airflow_port()
+        self._environment = environment(self._settings, self._secrets, postgres_port, airflow_port)
+        write_shell_environment(self._state / "env.sh", self._environment)
+        dbt.write_manifest(self._docs, self._environment)
+        airflow = Airflow(self._state, self._environment, self._secrets["admin"])
+        log.info(
+            "Airflow: preparing the metadata database, then starting %s", ", ".join(COMPONENTS)
+        )
+        airflow.migrate()
+        airflow.start()
+        airflow.wait_until_healthy()
+        _say_where("Airflow", airflow_port, self._settings.airflow_port)
+        return airflow
+
+    def start_postgres(self) -> int:
+        """Start the embedded PostgreSQL with our databases if it is down; return its port."""
+        if self._postgres.port is None:
+            # Whatever is left of an Airflow knows the port of a server that is gone.
+            processes.stop(self._state)
+        password = self._secrets["postgres"]
+        port = self._postgres.start(self._settings.db_port, password)
+        owners = {name: self._secrets[name] for name in ("diabetes", "airflow")}
+        self._postgres.ensure_databases(port, password, owners)
+        _say_where("PostgreSQL", port, self._settings.db_port)
+        return port
+
+    def down(self) -> None:
+        """Stop everything that was started for this state folder; data stay."""
+        ended = processes.stop(self._state)
+        stopped = self._postgres.stop()
+        log.info("Stopped %d Airflow processes%s.", ended, " and PostgreSQL" if stopped else "")
+
+    def run(self) -> bool:
+        """Bring the source to clean_data through the DAG and show what came of it.
+
+        Returns:
+            Whether the run succeeded.
+
+        Raises:
+            IngestionError: the source can't be used.
+            PostgresError, DbtError, AirflowError: a service did not start or answer.
+        """
+        source = self._available_source()
+        airflow = self.up()
+        conf = {"source": source, "full_refresh": self._replaces_synthetic(source)}
+        airflow.wait_for_dag(DAG_ID)
+        run_id = airflow.trigger(DAG_ID, conf)
+        log.info("DAG %s, run %s, source %s\n", DAG_ID, run_id, source)
+        if not self._follow(airflow, run_id):
+            return False
+        log.info("\ndbt docs: reading the catalog")
+        dbt.write_docs(self._docs, self._environment)
+        self._conclude(airflow)
+        return True
+
+    def write_static_docs(self, target: Path) -> None:
+        """Build dbt's documentation as one static page at `target`."""
+        port = self.start_postgres()
+        variables = environment(self._settings, self._secrets, port, self._airflow_port())
+        page = dbt.write_docs(self._docs, variables, static=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        page.replace(target)
+        log.info("dbt docs: %s", target)
+
+    def _airflow_port(self) -> int:
+        servers = processes.find(self._state, "api-server")
+        if all(processes.find(self._state, component) for component in COMPONENTS):
+            return int(servers[0].environ()["AIRFLOW__API__PORT"])
+        processes.stop(self._state)
+        return processes.free_port(self._settings.airflow_port)
+
+    def _available_source(self) -> str:
+        """The source, fetched already if it is a URL, or synthetic where the publisher is away."""
+        text = self._settings.source
+        source = Source.parse(text)
+        if source.kind == "synthetic":
+            return text
+        try:
+            with tempfile.TemporaryDirectory(prefix="diabetes-") as folder:
+                path = obtain(
+                    source,
+                    Path(folder),
+                    self._settings.cache_dir,
+                    self._settings.expected_sha256(text),
+                )
+        except SourceUnreachableError as error:
+            if text != PUBLISHER_URL:
+                raise
+            if "real" in self._origins():
+                raise IngestionError(
+                    f"{error}. raw_data.diabetes holds real encounters already; nothing was changed"
+                ) from error
+            log.warning(
+                "\n%s\n*** %s\n*** Going on with SYNTHETIC data from our own generator.\n%s\n",
+                "*" * 79,
+                error,
+                "*" * 79,
+            )
+            return "synthetic"
+        return str(path) if source.kind == "file" else text
+
+    def _replaces_synthetic(self, source: str) -> bool:
+        replaces = not source.startswith("synthetic") and self._origins() == {"synthetic"}
+        if replaces:
+            log.warning("The synthetic encounters of an earlier run will be replaced.")
+        return replaces
+
+    def _origins(self) -> set[str]:
+        with closing(self._connect(self.start_postgres())) as connection:
+            return origins(connection.cursor())
+
+    def _connect(self, port: int) -> psycopg2.extensions.connection:
+        return psycopg2.connect(
+            host="127.0.0.1",
+            port=port,
+            user="diabetes",
+            password=self._secrets["diabetes"],
+            dbname="diabetes",
+        )
+
+    def _follow(self, airflow: Airflow, run_id: str) -> bool:
+        begin = time.monotonic()
+        failed = []
+        for task in airflow.follow(DAG_ID, run_id, self._settings.run_timeout):
+            if task.state == "running":
+                continue
+            if task.state == "failed":
+                failed.append(task.task_id)
+            log.info(
+                "%6.1f s  %-62s %s",
+                time.monotonic() - begin,
+                task.task_id,
+                _SIGNS.get(task.state, task.state.upper()),
+            )
+        if airflow.run_state(DAG_ID, run_id) == "success":
+            return True
+        for task_id in failed[:1]:
+            log.error("\n%s failed; the end of its log:", task_id)
+            for line in airflow.task_log(DAG_ID, run_id, task_id):
+                log.error("  %s", line)
+        log.error("\nThe run failed: %s/dags/%s/runs/%s", airflow.url, DAG_ID, run_id)
+        return False
+
+    def _conclude(self, airflow: Airflow) -> None:
+        with closing(self._connect(int(self._environment["DIABETES_DB_PORT"]))) as connection:
+            log.info("\n%s\n", summary(connection))
+        log.info("Airflow   %s/dags/%s", airflow.url, DAG_ID)
+        log.info("          login %s, password %s", ADMIN, self._secrets["admin"])
+        log.info("dbt docs  %s/cosmos/diabetes/dbt_docs_index.html", airflow.url)
+        log.info("          (also in Airflow's menu Browse; readable without login)")
+        log.info("By hand   source %s/env.sh; cd dbt_diabetes; dbt build", self._state)
+        log.info("Stop      make down")
+
+
+def _say_where(name: str, port: int, preferred: int) -> None:
+    note = "" if port == preferred else f" (port {preferred} is taken by another program)"
+    log.info("%s: listening on 127.0.0.1:%d%s", name, port, note)

@@ -1,0 +1,92 @@
+"""Background processes that outlive `make run` and that `make down` always finds.
+
+Every process carries the mark `DIABETES_SERVICE=<name>@<state folder>` in its environment, and so
+do its children. Finding by that mark instead of by pid files leaves no moment in which a process
+runs that nobody knows of, and no recycled pid that would be stopped by mistake.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+MARK = "DIABETES_SERVICE"
+
+# Kept, because Python warns of a running process that nobody refers to any more.
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def start(
+    name: str, command: Sequence[str], state: Path, environment: Mapping[str, str], log: Path
+) -> None:
+    """Start a command in the background, in a session of its own, its output appended to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            # SPT_NOENV: Airflow renames its processes, which would overwrite their environment.
+            env={**environment, MARK: f"{name}@{state}", "SPT_NOENV": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    _started.append(process)
+
+
+def find(state: Path, name: str = "") -> list[psutil.Process]:
+    """Running processes (children included) that were started for this state folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mark = process.environ().get(MARK, "")
+            if (
+                mark.endswith(f"@{state}")
+                and (not name or mark == f"{name}@{state}")
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue  # ended meanwhile, or another user's
+    return found
+
+
+def stop(state: Path, timeout: float = 15.0) -> int:
+    """End all processes of the state folder, by force in the end; return how many there were."""
+    ended = 0
+    # Repeated, because a process can start a child while its siblings are being ended.
+    while processes := find(state):
+        ended += len(processes)
+        for process in processes:
+            _signal(process, force=False)
+        _, alive = psutil.wait_procs(processes, timeout=timeout)
+        for process in alive:
+            _signal(process, force=True)
+        psutil.wait_procs(alive, timeout=5)
+    return ended
+
+
+def _signal(process: psutil.Process, force: bool) -> None:
+    try:
+        if process.pid != os.getpid():
+            process.kill() if force else process.terminate()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def free_port(preferred: int) -> int:
+    """The preferred TCP port of the loopback address if nothing listens there, else a free one."""
+    for port in (*range(preferred, preferred + 20), 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise OSError("no free TCP port on 127.0.0.1")

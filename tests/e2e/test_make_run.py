@@ -1,0 +1,241 @@
+"""The whole platform for real: PostgreSQL, four Airflow processes, Cosmos, dbt.
+
+One platform serves the module; the tests go through a user's day in the order of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psycopg2
+import pytest
+import requests
+
+from services import processes
+from settings import PROJECT_ROOT
+
+pytestmark = pytest.mark.timeout(600)
+
+
+class LocalPlatform:
+    """`python -m services` on a state folder of its own."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+
+    def command(self, *arguments: str, source: str = "synthetic:2000") -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "services", *arguments],
+            cwd=PROJECT_ROOT,
+            env={
+                **os.environ,
+                "DIABETES_STATE_DIR": str(self.state),
+                "DIABETES_SOURCE": source,
+                "DIABETES_DB_PORT": "56200",
+                "DIABETES_AIRFLOW_PORT": "56300",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str, source: str = "synthetic:2000") -> tuple[int, str]:
+        process = self.command(*arguments, source=source)
+        output, _ = process.communicate(timeout=500)
+        return process.returncode, output
+
+    def environment(self) -> dict[str, str]:
+        shell = f". {self.state}/env.sh && env -0"
+        said = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+        return dict(entry.split("=", 1) for entry in said.stdout.split("\0") if entry)
+
+    def rows(self, query: str) -> list[tuple[object, ...]]:
+        variables = self.environment()
+        with (
+            closing(
+                psycopg2.connect(
+                    host="127.0.0.1",
+                    port=variables["DIABETES_DB_PORT"],
+                    user="diabetes",
+                    password=variables["DIABETES_DB_PASSWORD"],
+                    dbname="diabetes",
+                )
+            ) as connection,
+            connection,
+        ):
+            cursor = connection.cursor()
+            cursor.execute(query)
+            return cursor.fetchall() if cursor.description else []
+
+    def contents(self) -> list[tuple[object, ...]]:
+        """Batches with their hashes, and the rows of the other tables by hash."""
+        return self.rows("select * from clean_data.batch_info order by batch_id") + [
+            row
+            for table in ("diabetes_validation", "diabetes_test", "diabetes_excluded")
+            for row in self.rows(
+                f"select '{table}', count(*), md5(string_agg(md5(cast(t as text)), '' "
+                f"order by encounter_id)) from clean_data.{table} as t"
+            )
+        ]
+
+
+@pytest.fixture(scope="module")
+def platform(reachable_tmp: Path) -> Iterator[LocalPlatform]:
+    platform = LocalPlatform(reachable_tmp / "platform")
+    yield platform
+    platform.run("down")
+
+
+def test_interrupt_while_starting_leaves_nothing_that_down_cannot_stop(
+    platform: LocalPlatform,
+) -> None:
+    for seconds in (0.5, 3, 10):
+        process = platform.command("run")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert platform.run("down")[0] == 0
+        assert processes.find(platform.state) == []
+
+
+def test_run_brings_synthetic_data_to_clean_data(platform: LocalPlatform) -> None:
+    code, output = platform.run("run")
+    assert code == 0, output
+    assert "SYNTHETIC DATA" in output
+    assert re.search(r"train +all +1,\d{3}", output)
+    assert "dbt_docs_index.html" in output
+    ((split_rows, raw_rows),) = platform.rows(
+        """select (select count(*) from clean_data.diabetes_train)
+            + (select count(*) from clean_data.diabetes_validation)
+            + (select count(*) from clean_data.diabetes_test)
+            + (select count(*) from clean_data.diabetes_excluded),
+            (select count(*) from raw_data.diabetes)"""
+    )
+    assert split_rows == raw_rows == 2000
+    ((source, synthetic, run_id),) = platform.rows(
+        "select source, is_synthetic, run_id from raw_data.ingestion_log"
+    )
+    assert (source, synthetic) == ("synthetic:2000", True)
+    assert str(run_id).startswith("manual__")
+    assert list((platform.state / "work").iterdir()) == []
+
+
+def test_urls_answer(platform: LocalPlatform) -> None:
+    variables = platform.environment()
+    url = variables["AIRFLOW__API__BASE_URL"]
+    password = json.loads((platform.state / "secrets.json").read_text())["admin"]
+    token = requests.post(
+        f"{url}/auth/token", json={"username": "admin", "password": password}, timeout=30
+    ).json()["access_token"]
+    login = {"Authorization": f"Bearer {token}"}
+    assets = requests.get(f"{url}/api/v2/assets", headers=login, timeout=30).json()["assets"]
+    assert "clean_data.diabetes_train" in {asset["name"] for asset in assets}
+    events = requests.get(f"{url}/api/v2/assets/events", headers=login, timeout=30).json()
+    assert events["total_entries"] == len(assets)
+    page = requests.get(f"{url}/cosmos/diabetes/dbt_docs_index.html", timeout=30)
+    assert page.ok
+    assert "dbt" in page.text
+    catalog = requests.get(f"{url}/cosmos/diabetes/catalog.json", timeout=30)
+    assert "diabetes_train" in catalog.text
+
+
+def test_dbt_works_by_hand(platform: LocalPlatform, tmp_path: Path) -> None:
+    before = platform.contents()
+    for command in (["build"], ["test"], ["docs", "generate"], ["source", "freshness"]):
+        subprocess.run(
+            ["dbt", "--quiet", "--log-path", str(tmp_path), *command, "--target-path", str(tmp_path)],
+            cwd=PROJECT_ROOT / "dbt_diabetes",
+            env=platform.environment(),
+            check=True,
+        )
+    assert platform.contents() == before
+
+
+def test_second_run_is_quick_and_changes_nothing(platform: LocalPlatform) -> None:
+    before = platform.contents()
+    begin = time.monotonic()
+    code, output = platform.run("run")
+    assert code == 0, output
+    assert "0 new, 0 changed, 2,000 unchanged" in output
+    assert platform.contents() == before
+    # No benchmark: the services simply must not be started again.
+    assert time.monotonic() - begin < 180
+
+
+def test_added_load_fills_the_last_batch_and_leaves_the_splits(platform: LocalPlatform) -> None:
+    splits = "select encounter_id, split from intermediate.int_encounters__features"
+    before = dict(platform.rows(splits))
+    code, output = platform.run("run", source="synthetic:2500")
+    assert code == 0, output
+    assert "500 new, 0 changed, 2,000 unchanged" in output
+    after = dict(platform.rows(splits))
+    assert before.items() <= after.items()
+    assert len(after) == 2500
+
+
+def test_broken_file_fails_the_run_with_its_reason(platform: LocalPlatform, tmp_path: Path) -> None:
+    before = platform.contents()
+    broken = tmp_path / "broken.csv"
+    broken.write_text("encounter_id,patient_nbr\n1,2\n")
+    code, output = platform.run("run", source=str(broken))
+    assert code == 1
+    assert "ingest.validate failed" in output
+    assert "wrong header" in output
+    assert platform.contents() == before
+    assert list((platform.state / "work").iterdir()) == []
+
+
+def test_failing_dbt_test_publishes_nothing(platform: LocalPlatform) -> None:
+    before = platform.contents()
+    assets = asset_events(platform)
+    platform.rows(
+        """create temp table broken as select * from raw_data.diabetes limit 1;
+        update broken set encounter_id = 9999999999, max_glu_serum = 'bogus';
+        insert into raw_data.diabetes select * from broken"""
+    )
+    code, output = platform.run("run", source="synthetic:2500")
+    assert code == 1, output
+    assert re.search(r"int_encounters__features.test +FAILED", output)
+    assert platform.contents() == before
+    assert asset_events(platform) == assets
+    platform.rows("delete from raw_data.diabetes where encounter_id = 9999999999")
+    code, output = platform.run("run", source="synthetic:2500")
+    assert code == 0, output
+    assert asset_events(platform) > assets
+
+
+def asset_events(platform: LocalPlatform) -> int:
+    with closing(
+        psycopg2.connect(
+            platform.environment()["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"].replace("+psycopg2", "")
+        )
+    ) as connection:
+        cursor = connection.cursor()
+        cursor.execute("select count(*) from asset_event")
+        (count,) = cursor.fetchone() or (0,)
+        return int(count)
+
+
+def test_missing_source_is_one_clear_message(platform: LocalPlatform) -> None:
+    code, output = platform.run("run", source="/no/such/file.zip")
+    assert code == 1
+    assert output.strip().splitlines()[-1].startswith("error: /no/such/file.zip: no such file")
+
+
+def test_down_stops_everything_and_can_be_repeated(platform: LocalPlatform) -> None:
+    url = platform.environment()["AIRFLOW__API__BASE_URL"]
+    for _ in range(2):
+        assert platform.run("down")[0] == 0
+        assert processes.find(platform.state) == []
+    with pytest.raises(requests.ConnectionError):
+        requests.get(url, timeout=5)
