@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -214,21 +215,33 @@ class Airflow:
                 f"Airflow at {self.url} does not answer {method} {path}: {error}"
             ) from error
 
-    def wait_for_dag(self, dag_id: str, timeout: float = 120) -> None:
-        """Return when the DAG has been read from its file.
+    def wait_for_dag(self, dag_id: str, newer_than: float, timeout: float = 120) -> None:
+        """Return when the DAG has been read from its file after the moment `newer_than`.
+
+        A run that starts earlier would lose tasks in the middle when the new version arrives.
+
+        Args:
+            dag_id: the DAG.
+            newer_than: seconds since the epoch, when the file or dbt's manifest last changed.
+            timeout: seconds to wait.
 
         Raises:
             AirflowError: its file can't be imported, or the time is over.
         """
         deadline = time.monotonic() + timeout
+        asked = False
         while time.monotonic() < deadline:
             errors = self.call("GET", "importErrors")["import_errors"]
             if errors:
                 raise AirflowError(
                     f"{errors[0]['filename']} can't be imported:\n{errors[0]['stack_trace']}"
                 )
-            if any(dag["dag_id"] == dag_id for dag in self.call("GET", "dags")["dags"]):
+            found = [dag for dag in self.call("GET", "dags")["dags"] if dag["dag_id"] == dag_id]
+            if found and datetime.fromisoformat(found[0]["last_parsed_time"]).timestamp() > newer_than:
                 return
+            if found and not asked:
+                self.call("PUT", f"parseDagFile/{found[0]['file_token']}")
+                asked = True
             time.sleep(0.5)
         raise AirflowError(f"Airflow found no DAG {dag_id} within {timeout:.0f} s")
 

@@ -18,7 +18,7 @@ from services.airflow import ADMIN, COMPONENTS, Airflow, environment
 from services.postgres import Postgres
 from services.report import summary
 from services.state import Secrets, write_shell_environment
-from settings import PUBLISHER_URL, Settings
+from settings import PROJECT_ROOT, PUBLISHER_URL, Settings
 
 DAG_ID = "diabetes_data_processing"
 _SIGNS = {"success": "ok", "up_for_retry": "will retry"}
@@ -93,7 +93,8 @@ class Platform:
         source = self._available_source()
         airflow = self.up()
         conf = {"source": source, "full_refresh": self._replaces_synthetic(source)}
-        airflow.wait_for_dag(DAG_ID)
+        changed = (self._docs / "manifest.json", PROJECT_ROOT / "dags" / f"{DAG_ID}.py")
+        airflow.wait_for_dag(DAG_ID, max(file.stat().st_mtime for file in changed))
         run_id = airflow.trigger(DAG_ID, conf)
         log.info("DAG %s, run %s, source %s\n", DAG_ID, run_id, source)
         if not self._follow(airflow, run_id):

@@ -142,7 +142,7 @@ def test_every_dbt_test_is_watched_by_a_task_before_publish(
     attached = tasks[f"{DBT}dbt_producer_watcher"]["watched_tests"]
     tested = {tasks[name]["node"] for name in before if name.endswith("test")}
     watched = {test for node, tests in attached.items() if node in tested for test in tests}
-    assert expected <= watched | tested
+    assert watched == expected
 
 
 def test_each_clean_data_table_is_an_asset(
