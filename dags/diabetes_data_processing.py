@@ -151,6 +151,7 @@ with DAG(
             # Detached tests get no result in WATCHER mode: a test over several models is shown by
             # the test task of each of them instead.
             should_detach_multiple_parents_tests=False,
+            emit_datasets=False,
         ),
         execution_config=ExecutionConfig(
             execution_mode=ExecutionMode.WATCHER, invocation_mode=InvocationMode.DBT_RUNNER
@@ -160,7 +161,6 @@ with DAG(
             "env": {"DBT_EXCLUDE_RESOURCE_TYPES": "unit_test"},
             "append_env": True,
             "install_deps": False,
-            "emit_datasets": False,
             # A deferred sensor whose trigger fires at once can be queued again before the scheduler
             # has seen its first half end, and is then failed: docs/decisions/cosmos.md.
             "deferrable": False,

@@ -1,0 +1,102 @@
+"""Take README's pictures of a running platform with headless Chromium.
+
+Usage: make screenshots   (after make run; needs chromium on the PATH, or CHROMIUM=path)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT_ROOT))
+
+from services import processes  # noqa: E402
+from services.airflow import ADMIN, Airflow  # noqa: E402
+from services.state import Secrets  # noqa: E402
+from settings import settings  # noqa: E402
+
+DAG_ID = "diabetes_data_processing"
+PUBLISHED = ("diabetes_train", "diabetes_validation", "diabetes_test", "diabetes_excluded", "batch_info")
+
+
+def main() -> int:
+    """Write airflow-graph.png and dbt-lineage.png to the folder given, and return 0."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=PROJECT_ROOT / "docs" / "images")
+    arguments = parser.parse_args()
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        sys.stderr.write("error: no chromium on the PATH; install it or set CHROMIUM to its path\n")
+        return 1
+    state = settings().state_dir
+    servers = processes.find(state, "api-server")
+    if not servers:
+        sys.stderr.write("error: Airflow is not running; start it with make run\n")
+        return 1
+    password = Secrets(state)["admin"]
+    airflow = Airflow(state, servers[0].environ(), password)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-background-networking", "--disable-component-update"],
+        )
+        _airflow_graph(browser, airflow, password, arguments.out / "airflow-graph.png")
+        _dbt_lineage(browser, airflow.url, arguments.out / "dbt-lineage.png")
+        browser.close()
+    return 0
+
+
+def _airflow_graph(browser: Browser, airflow: Airflow, password: str, picture: Path) -> None:
+    """Picture of the last run's graph, with the groups of the pipeline opened."""
+    url = airflow.url
+    runs = airflow.call("GET", f"dags/{DAG_ID}/dagRuns", params={"order_by": "-start_date"})
+    run_id = quote(runs["dag_runs"][0]["dag_run_id"], safe="")
+    page = browser.new_page(viewport={"width": 3400, "height": 1000})
+    page.goto(f"{url}/auth/login/")
+    page.locator("input[name=username]").fill(ADMIN)
+    page.locator("input[name=password]").fill(password)
+    page.locator("button[type=submit]").click()
+    page.wait_for_url(lambda address: "login" not in address)
+    # As if a reader had opened these two groups by hand.
+    page.evaluate(f"""localStorage.setItem('{DAG_ID}/open-groups', '["ingest", "transform"]')""")
+    page.goto(f"{url}/dags/{DAG_ID}/runs/{run_id}")
+    page.wait_for_load_state("networkidle")
+    page.get_by_label("Show Graph").click()
+    # Give the graph nearly the whole window, then let it find its size anew.
+    border = page.locator("[data-panel-resize-handle-id], [role=separator]").first.bounding_box()
+    if border:
+        page.mouse.move(border["x"] + border["width"] / 2, border["y"] + 300)
+        page.mouse.down()
+        page.mouse.move(3300, border["y"] + 300, steps=10)
+        page.mouse.up()
+    page.wait_for_timeout(4000)
+    boxes = [node.bounding_box() for node in page.locator(".react-flow__node").all()]
+    seen = [box for box in boxes if box]
+    left, top = min(box["x"] for box in seen), min(box["y"] for box in seen)
+    right = max(box["x"] + box["width"] for box in seen)
+    bottom = max(box["y"] + box["height"] for box in seen)
+    page.screenshot(
+        path=picture,
+        clip={"x": left - 20, "y": top - 20, "width": right - left + 40, "height": bottom - top + 40},
+    )
+
+
+def _dbt_lineage(browser: Browser, url: str, picture: Path) -> None:
+    page: Page = browser.new_page(viewport={"width": 1700, "height": 520})
+    shown = "%20".join(f"%2B{table}" for table in PUBLISHED)
+    page.goto(f"{url}/cosmos/diabetes/dbt_docs_index.html#!/overview?g_v=1&g_i={shown}")
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(4000)
+    page.screenshot(path=picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
