@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg2
+from pydantic import ValidationError
 
 from ingestion.errors import IngestionError
 from ingestion.load import load, validate
@@ -34,7 +35,7 @@ def _parser(defaults: Settings) -> argparse.ArgumentParser:
     limit = argparse.ArgumentParser(add_help=False)
     limit.add_argument(
         "--reject-limit-percent",
-        type=float,
+        type=_percent,
         default=defaults.reject_limit_percent,
         help="share of broken rows from which nothing is loaded (default: %(default)s)",
     )
@@ -58,13 +59,23 @@ def _parser(defaults: Settings) -> argparse.ArgumentParser:
     return parser
 
 
+def _percent(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 100, got {text}")
+    return value
+
+
 def _run(arguments: argparse.Namespace, chosen: Settings) -> dict[str, Any]:
     if arguments.command == "synthesize":
         write_csv(arguments.path, rows=arguments.rows, seed=arguments.seed)
         return {"path": str(arguments.path), "rows": arguments.rows, "seed": arguments.seed}
+    source = Source.parse(arguments.source)
+    if arguments.command == "download" and source.kind == "synthetic":
+        raise IngestionError(f"{source.text}: nothing to download; write a file with synthesize")
     expected = chosen.expected_sha256(arguments.source)
     with tempfile.TemporaryDirectory(prefix="diabetes-") as folder:
-        path = obtain(Source.parse(arguments.source), Path(folder), chosen.cache_dir, expected)
+        path = obtain(source, Path(folder), chosen.cache_dir, expected)
         if arguments.command == "download":
             return {"path": str(path)}
         if arguments.command == "validate":
@@ -95,21 +106,31 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, or 1 with one message on standard error.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    chosen = settings()
-    arguments = _parser(chosen).parse_args(argv)
     try:
+        chosen = settings()
+        arguments = _parser(chosen).parse_args(argv)
         result = _run(arguments, chosen)
-    except (IngestionError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except psycopg2.OperationalError as error:
-        sys.stderr.write(
-            f"error: the database at {chosen.db_host}:{chosen.db_port} can't be used: "
-            f"{str(error).strip()}; start it with make run, or set DIABETES_DB_*\n"
+    except ValidationError as error:
+        return _fail(
+            "; ".join(
+                f"DIABETES_{str(wrong['loc'][0]).upper()}: {wrong['msg']}"
+                for wrong in error.errors()
+            )
         )
-        return 1
+    except (IngestionError, ValueError, OSError) as error:
+        return _fail(str(error))
+    except psycopg2.Error as error:
+        return _fail(
+            f"the database at {chosen.db_host}:{chosen.db_port} can't be used: "
+            f"{str(error).strip()}; start it with make run, or set DIABETES_DB_*"
+        )
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")  # libpq's messages have many lines
+    return 1
 
 
 if __name__ == "__main__":

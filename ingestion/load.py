@@ -90,19 +90,34 @@ where not exists (
 )
 """
 
+# All in the server: where every row is repeated, the client still keeps but five examples.
 _DUPLICATES = f"""
 with repeated as (
     select encounter_id, min(line_number) as first_line
     from raw_data.diabetes_staging
     group by encounter_id
     having count(*) > 1
+),
+removed as (
+    delete from raw_data.diabetes_staging as staged
+    using repeated
+    where staged.encounter_id = repeated.encounter_id
+      and staged.line_number > repeated.first_line
+    returning staged.line_number,
+        'encounter_id ' || staged.encounter_id || ' stands already in line '
+            || repeated.first_line as reason,
+        concat_ws(',', staged.encounter_id, {_STAGED_PAYLOAD}) as record
+),
+stored as (
+    insert into raw_data.diabetes_rejects (sha256, line_number, reason, record, first_load_id)
+    select %(sha256)s, line_number, reason, record, %(load_id)s
+    from removed
+    on conflict do nothing
 )
-delete from raw_data.diabetes_staging as staged
-using repeated
-where staged.encounter_id = repeated.encounter_id
-  and staged.line_number > repeated.first_line
-returning staged.line_number, staged.encounter_id, repeated.first_line,
-    concat_ws(',', {_STAGED_PAYLOAD})
+select line_number, reason, count(*) over ()
+from removed
+order by line_number
+limit 5
 """
 
 
@@ -227,8 +242,14 @@ def _one_load_at_a_time(connection: Connection) -> Iterator[None]:
             connection.rollback()
             cursor.execute("drop table if exists raw_data.diabetes_staging")
             connection.commit()
+            _unlock(cursor)
         raise
-    # The lock goes with the connection, which the caller closes.
+    _unlock(cursor)
+
+
+def _unlock(cursor: Cursor) -> None:
+    # Closing alone would free the lock too, but some time after the next load may have asked.
+    cursor.execute("select pg_advisory_unlock(%s)", (_LOCK,))
 
 
 def _ensure_schema(connection: Connection, cursor: Cursor) -> None:
@@ -267,15 +288,17 @@ def _publish(
     full_refresh: bool,
 ) -> LoadReport:
     cursor.execute("lock table raw_data.diabetes in share row exclusive mode")
+    if not stream.rows:
+        raise IngestionError(f"{stream.name}: not one row keeps the contract; nothing was loaded")
     is_synthetic = _check_origin(cursor, stream.name, full_refresh)
     cursor.execute("select nextval(pg_get_serial_sequence('raw_data.ingestion_log', 'load_id'))")
     (load_id,) = _row(cursor)
-    duplicates = _reject_duplicates(cursor)
-    rejected = stream.rejected + len(duplicates)
+    repeated, repeats = _reject_duplicates(cursor, stream.sha256, load_id)
+    rejected = stream.rejected + repeated
     read = stream.rows + stream.rejected
-    examples = [_describe(reject) for reject in (*islice(stream.rejects(), 5), *duplicates[:5])]
+    examples = [_describe(reject) for reject in islice(stream.rejects(), 5)] + repeats
     _check_reject_limit(stream.name, rejected, read, reject_limit_percent, examples)
-    _store_rejects(cursor, stream, duplicates, load_id)
+    _store_rejects(cursor, stream, load_id)
 
     arguments = {"load_id": load_id}
     deleted = 0
@@ -337,15 +360,11 @@ def _check_origin(cursor: Cursor, name: str, full_refresh: bool) -> bool:
     return "synthetic" in staged
 
 
-def _reject_duplicates(cursor: Cursor) -> list[Reject]:
-    cursor.execute(_DUPLICATES)
-    return sorted(
-        (
-            Reject(line, f"encounter_id {encounter} stands already in line {first}", record)
-            for line, encounter, first, record in cursor.fetchall()
-        ),
-        key=lambda reject: reject.line_number,
-    )
+def _reject_duplicates(cursor: Cursor, sha256: str, load_id: int) -> tuple[int, list[str]]:
+    """Move repeated ids from staging to the rejects; return how many and the first five."""
+    cursor.execute(_DUPLICATES, {"sha256": sha256, "load_id": load_id})
+    repeats = cursor.fetchall()
+    return (repeats[0][2] if repeats else 0), [f"line {at}: {why}" for at, why, _ in repeats]
 
 
 def _check_reject_limit(
@@ -364,20 +383,16 @@ def _describe(reject: Reject) -> str:
     return f"line {reject.line_number}: {reject.reason}"
 
 
-def _store_rejects(
-    cursor: Cursor, stream: RowStream, duplicates: list[Reject], load_id: int
-) -> None:
-    def entries() -> Iterator[tuple[Any, ...]]:
-        for rejects in (stream.rejects(), duplicates):
-            for reject in rejects:
-                yield (stream.sha256, reject.line_number, reject.reason, reject.record, load_id)
-
+def _store_rejects(cursor: Cursor, stream: RowStream, load_id: int) -> None:
     # The same file loaded again finds its rejects there already.
     execute_values(
         cursor,
         "insert into raw_data.diabetes_rejects"
         " (sha256, line_number, reason, record, first_load_id) values %s on conflict do nothing",
-        entries(),
+        (
+            (stream.sha256, reject.line_number, reject.reason, reject.record, load_id)
+            for reject in stream.rejects()
+        ),
         page_size=1000,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
@@ -56,6 +57,7 @@ class RowStream:
         self._rejects = tempfile.SpooledTemporaryFile(  # noqa: SIM115 (lives as long as the stream)
             _SPOOL_BYTES, mode="w+", encoding="utf-8", newline=""
         )
+        weakref.finalize(self, self._rejects.close)
         self._reject_writer = csv.writer(self._rejects)
         self._blocks = self._checked_blocks()
 
@@ -125,8 +127,10 @@ class RowStream:
             yield [tail.rstrip(b"\r")]
 
     def _check_header(self, first: bytes) -> None:
-        if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise IngestionError(f"{self.name}: the file is UTF-16; expected UTF-8, convert it")
+        if first.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in first:
+            raise IngestionError(
+                f"{self.name}: the file is UTF-16 or binary; expected UTF-8 text, convert it"
+            )
         text = self._text(first.removeprefix(b"\xef\xbb\xbf"), 1)
         if "\r" in text:
             raise IngestionError(

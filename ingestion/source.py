@@ -71,10 +71,18 @@ class Source:
             _synthetic_arguments(text)
             return cls(text, "synthetic")
         if "://" in text:
-            if not re.match(r"https?://[^/?#\s]", text, re.IGNORECASE):
-                raise IngestionError(f"{text}: expected a URL such as https://host/file.zip")
+            if not _is_web_address(text):
+                raise IngestionError(f"{text}: expected http:// or https:// and a host")
             return cls(text, "url")
         return cls(text, "file")
+
+
+def _is_web_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def obtain(source: Source, folder: Path, cache: Path, expected_sha256: str = "") -> Path:
@@ -219,6 +227,7 @@ def _session() -> requests.Session:
     retry = Retry(
         total=3,
         backoff_factor=0.5,
+        retry_after_max=30,  # seconds; a server may ask for hours
         status_forcelist=(429, 500, 502, 503, 504),
         allowed_methods=("GET",),
         raise_on_status=False,
@@ -238,7 +247,7 @@ def _download(url: str, cache: Path, expected_sha256: str) -> Path:
         if _has_sha256(target, expected_sha256):
             log.info("using the cached %s", target)
             return target
-        target.unlink()  # damaged, or of another time: neither "not modified" nor a fallback
+        _validator(target).unlink(missing_ok=True)  # "not modified" would bring it back
     failure = ""
     with _session() as session:
         for attempt in range(_ATTEMPTS):
@@ -253,7 +262,7 @@ def _download(url: str, cache: Path, expected_sha256: str) -> Path:
                 log.warning("%s: %s (attempt %d of %d)", url, failure, attempt + 1, _ATTEMPTS)
                 if not part.exists():
                     break  # nothing came at all, and the session has tried to connect often enough
-    if target.exists():
+    if target.exists() and not expected_sha256:
         log.warning("%s can't be reached (%s); going on with the cached %s", url, failure, target)
         return target
     raise SourceUnreachableError(

@@ -84,6 +84,20 @@ def test_endless_record_is_no_row_wherever_a_block_ends(
         stream.drain()
 
 
+def test_endless_record_is_not_read_to_its_end() -> None:
+    class Endless(io.BytesIO):
+        asked = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            assert size
+            self.asked += size
+            assert self.asked < 10 * rows.BLOCK_BYTES
+            return b"x" * size
+
+    with pytest.raises(IngestionError, match=r"file.csv, line 1: a record of more than 65,536 by"):
+        RowStream(Endless(), "file.csv").drain()
+
+
 def test_longest_record_is_rejected_with_its_whole_text() -> None:
     ((line, reason, record),) = rejected(b"x" * MAX_RECORD_BYTES)
     assert (line, reason, len(record)) == (2, "1 fields, expected 50", MAX_RECORD_BYTES)

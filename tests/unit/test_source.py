@@ -333,7 +333,8 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def _near_server_and_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_CHUNK", 1_000)  # what came of a cut chunk is lost
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("no_proxy", "*")
 
@@ -398,9 +399,8 @@ def test_file_without_a_tag_is_fetched_again(publisher: Publisher, cache: Path) 
 
 
 def test_cut_transfer_goes_on_where_it_broke(
-    publisher: Publisher, cache: Path, naps: list[float], monkeypatch: pytest.MonkeyPatch
+    publisher: Publisher, cache: Path, naps: list[float]
 ) -> None:
-    monkeypatch.setattr(source, "_CHUNK", 1_000)
     publisher.plan = ["cut", "cut"]
     assert fetch(publisher, cache, CSV_SHA256) == PUBLISHER_ZIP
     offsets = [offset_of(asked) for asked in publisher.asked]
@@ -412,9 +412,8 @@ def test_cut_transfer_goes_on_where_it_broke(
 
 
 def test_transfer_goes_on_in_a_later_run(
-    publisher: Publisher, cache: Path, naps: list[float], monkeypatch: pytest.MonkeyPatch
+    publisher: Publisher, cache: Path, naps: list[float]
 ) -> None:
-    monkeypatch.setattr(source, "_CHUNK", 1_000)
     publisher.plan = ["cut"] * 5
     with pytest.raises(SourceUnreachableError, match=r"can't be reached \(ChunkedEncodingError\)"):
         fetch(publisher, cache)
@@ -478,7 +477,8 @@ def test_address_that_the_server_refuses_is_named_at_once(
     assert str(caught.value).startswith(f"{publisher.url} answered {status} ")
     assert "check the URL, or set DIABETES_SOURCE to" in str(caught.value)
     assert len(publisher.asked) == 1
-    assert naps == cached(cache) == []
+    assert naps == []
+    assert cached(cache) == []
 
 
 def test_busy_server_is_asked_again_and_not_when_it_pleases(
@@ -507,7 +507,7 @@ def test_refused_connection_is_told_soon(cache: Path, naps: list[float]) -> None
         started = time.monotonic()
         with pytest.raises(SourceUnreachableError) as caught:
             obtain(Source.parse(url), cache, cache)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     assert sum(naps) < 10
     assert str(caught.value) == (
         f"{url} can't be reached (ConnectionError); check the network, or set DIABETES_SOURCE to "
