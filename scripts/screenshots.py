@@ -23,7 +23,13 @@ from services.state import Secrets  # noqa: E402
 from settings import settings  # noqa: E402
 
 DAG_ID = "diabetes_data_processing"
-PUBLISHED = ("diabetes_train", "diabetes_validation", "diabetes_test", "diabetes_excluded", "batch_info")
+PUBLISHED = (
+    "diabetes_train",
+    "diabetes_validation",
+    "diabetes_test",
+    "diabetes_excluded",
+    "batch_info",
+)
 
 
 def main() -> int:
@@ -31,7 +37,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PROJECT_ROOT / "docs" / "images")
     arguments = parser.parse_args()
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    chromium = (
+        os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    )
     if not chromium:
         sys.stderr.write("error: no chromium on the PATH; install it or set CHROMIUM to its path\n")
         return 1
@@ -85,7 +93,12 @@ def _airflow_graph(browser: Browser, airflow: Airflow, password: str, picture: P
     bottom = max(box["y"] + box["height"] for box in seen)
     page.screenshot(
         path=picture,
-        clip={"x": left - 20, "y": top - 20, "width": right - left + 40, "height": bottom - top + 40},
+        clip={
+            "x": left - 20,
+            "y": top - 20,
+            "width": right - left + 40,
+            "height": bottom - top + 40,
+        },
     )
 
 

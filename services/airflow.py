@@ -62,6 +62,8 @@ def environment(
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
         "AIRFLOW__CORE__DAGS_FOLDER": str(PROJECT_ROOT / "dags"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        # A producer, the roots of the dbt graph and some room; each worker is a process.
+        "AIRFLOW__CORE__PARALLELISM": "16",
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
         "AIRFLOW__CORE__FERNET_KEY": secrets["fernet"],
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
@@ -143,16 +145,15 @@ class Airflow:
             if processes.find(self._state, component):
                 continue
             command = ["airflow", component]
+            variables = dict(self._environment)
             if component in ("scheduler", "triggerer"):
                 # Logs are read from the disk here; a log server would only take a fixed port.
                 command.append("--skip-serve-logs")
-            processes.start(
-                component,
-                command,
-                self._state,
-                self._environment,
-                self._logs / f"{component}.log",
-            )
+            if component == "scheduler":
+                preload = PROJECT_ROOT / "services" / "preload"
+                variables["PYTHONPATH"] += f"{os.pathsep}{preload}"
+            log = self._logs / f"{component}.log"
+            processes.start(component, command, self._state, variables, log)
 
     def wait_until_healthy(self, timeout: float = 180) -> None:
         """Return when all four components report themselves healthy.
@@ -237,8 +238,10 @@ class Airflow:
                     f"{errors[0]['filename']} can't be imported:\n{errors[0]['stack_trace']}"
                 )
             found = [dag for dag in self.call("GET", "dags")["dags"] if dag["dag_id"] == dag_id]
-            if found and datetime.fromisoformat(found[0]["last_parsed_time"]).timestamp() > newer_than:
-                return
+            if found:
+                parsed = datetime.fromisoformat(found[0]["last_parsed_time"])
+                if parsed.timestamp() > newer_than:
+                    return
             if found and not asked:
                 self.call("PUT", f"parseDagFile/{found[0]['file_token']}")
                 asked = True
@@ -282,9 +285,13 @@ class Airflow:
             time.sleep(0.5)
 
     def task_log(self, dag_id: str, run_id: str, task_id: str, lines: int = 15) -> list[str]:
-        """Last lines of a task's newest log, as text."""
+        """Last lines of a task's newest log, as text, with the messages of its exceptions."""
         path = f"dags/{dag_id}/dagRuns/{quote(run_id, safe='')}/taskInstances/{task_id}"
         number = self.call("GET", path)["try_number"] or 1
         content = self.call("GET", f"{path}/logs/{number}", headers={"Accept": "application/json"})
-        events = [entry.get("event", "") for entry in content["content"] if isinstance(entry, dict)]
-        return [event for event in events if event and not event.startswith("::")][-lines:]
+        said = []
+        for entry in content["content"]:
+            if isinstance(entry, dict):
+                said.append(entry.get("event") or "")
+                said += [error["exc_value"] for error in entry.get("error_detail") or []]
+        return [line for line in said if line and not line.startswith("::")][-lines:]

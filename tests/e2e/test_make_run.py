@@ -153,7 +153,15 @@ def test_dbt_works_by_hand(platform: LocalPlatform, tmp_path: Path) -> None:
     before = platform.contents()
     for command in (["build"], ["test"], ["docs", "generate"], ["source", "freshness"]):
         subprocess.run(
-            ["dbt", "--quiet", "--log-path", str(tmp_path), *command, "--target-path", str(tmp_path)],
+            [
+                "dbt",
+                "--quiet",
+                "--log-path",
+                str(tmp_path),
+                *command,
+                "--target-path",
+                str(tmp_path),
+            ],
             cwd=PROJECT_ROOT / "dbt_diabetes",
             env=platform.environment(),
             check=True,
@@ -205,7 +213,7 @@ def test_failing_dbt_test_publishes_nothing(platform: LocalPlatform) -> None:
     )
     code, output = platform.run("run", source="synthetic:2500")
     assert code == 1, output
-    assert re.search(r"int_encounters__features.test +FAILED", output)
+    assert re.search(r"transform\.int_encounters__\w+\.test +FAILED", output)
     assert platform.contents() == before
     assert asset_events(platform) == assets
     platform.rows("delete from raw_data.diabetes where encounter_id = 9999999999")

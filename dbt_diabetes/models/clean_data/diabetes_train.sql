@@ -1,0 +1,1 @@
+{{ select_split('train', with_batch=true) }}

@@ -1,0 +1,35 @@
+{#- Names and missing values only; the one place that reads the source. -#}
+select
+    encounter_id,
+    patient_nbr,
+    {{ missing_as_null('race') }} as race,
+    gender,
+    age as age_band,
+    {{ missing_as_null('weight') }} as weight_band,
+    admission_type_id,
+    discharge_disposition_id,
+    admission_source_id,
+    time_in_hospital,
+    {{ missing_as_null('payer_code') }} as payer_code,
+    {{ missing_as_null('medical_specialty') }} as medical_specialty,
+    num_lab_procedures,
+    num_procedures,
+    num_medications,
+    number_outpatient,
+    number_emergency,
+    number_inpatient,
+    {{ missing_as_null('diag_1') }} as diag_1,
+    {{ missing_as_null('diag_2') }} as diag_2,
+    {{ missing_as_null('diag_3') }} as diag_3,
+    number_diagnoses,
+    max_glu_serum,
+    a1cresult as a1c_result,
+    {% for drug in drugs() %}
+    {{ drug }},
+    {% endfor %}
+    change as medication_change,
+    diabetesmed as diabetes_medication,
+    readmitted,
+    first_load_id,
+    last_load_id
+from {{ source('diabetes_130us', 'diabetes') }}
