@@ -11,7 +11,7 @@ from pathlib import Path
 import psycopg2
 
 from ingestion.errors import IngestionError, SourceUnreachableError
-from ingestion.load import origins
+from ingestion.load import loaded_origins
 from ingestion.source import Source, obtain
 from services import dbt, processes
 from services.airflow import ADMIN, COMPONENTS, Airflow, environment
@@ -48,6 +48,7 @@ class Platform:
             PostgresError, DbtError, AirflowError: what did not start, and where its log is.
         """
         postgres_port = self.start_postgres()
+        _say_where("PostgreSQL", postgres_port, self._settings.db_port)
         airflow_port = self._airflow_port()
         self._environment = environment(self._settings, self._secrets, postgres_port, airflow_port)
         write_shell_environment(self._state / "env.sh", self._environment)
@@ -71,7 +72,6 @@ class Platform:
         port = self._postgres.start(self._settings.db_port, password)
         owners = {name: self._secrets[name] for name in ("diabetes", "airflow")}
         self._postgres.ensure_databases(port, password, owners)
-        _say_where("PostgreSQL", port, self._settings.db_port)
         return port
 
     def down(self) -> None:
@@ -92,7 +92,12 @@ class Platform:
         """
         source = self._available_source()
         airflow = self.up()
-        conf = {"source": source, "full_refresh": self._replaces_synthetic(source)}
+        full_refresh = self._settings.full_refresh or self._replaces_synthetic(source)
+        conf = {
+            "source": source,
+            "full_refresh": full_refresh,
+            "reject_limit_percent": self._settings.reject_limit_percent,
+        }
         changed = (self._docs / "manifest.json", PROJECT_ROOT / "dags" / f"{DAG_ID}.py")
         airflow.wait_for_dag(DAG_ID, max(file.stat().st_mtime for file in changed))
         run_id = airflow.trigger(DAG_ID, conf)
@@ -158,7 +163,7 @@ class Platform:
 
     def _origins(self) -> set[str]:
         with closing(self._connect(self.start_postgres())) as connection:
-            return origins(connection.cursor())
+            return loaded_origins(connection.cursor())
 
     def _connect(self, port: int) -> psycopg2.extensions.connection:
         return psycopg2.connect(
@@ -177,12 +182,9 @@ class Platform:
                 continue
             if task.state == "failed":
                 failed.append(task.task_id)
-            log.info(
-                "%6.1f s  %-62s %s",
-                time.monotonic() - begin,
-                task.task_id,
-                _SIGNS.get(task.state, task.state.upper()),
-            )
+            elapsed = time.monotonic() - begin
+            state = _SIGNS.get(task.state, task.state.upper())
+            log.info("%6.1f s  %-60s %5.1f s  %s", elapsed, task.task_id, task.seconds, state)
         if airflow.run_state(DAG_ID, run_id) == "success":
             return True
         for task_id in failed[:1]:

@@ -17,9 +17,6 @@ import psutil
 
 MARK = "DIABETES_SERVICE"
 
-# Kept, because Python warns of a running process that nobody refers to any more.
-_started: list[subprocess.Popen[bytes]] = []
-
 
 def start(
     name: str, command: Sequence[str], state: Path, environment: Mapping[str, str], log: Path
@@ -36,7 +33,8 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    _started.append(process)
+    # It is to outlive us: tell Popen that there is nothing to wait for, or it would warn.
+    process.returncode = 0
 
 
 def find(state: Path, name: str = "") -> list[psutil.Process]:

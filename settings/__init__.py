@@ -43,6 +43,9 @@ class Settings(BaseSettings):
     reject_limit_percent: float = Field(
         1.0, ge=0, le=100, description="Share of broken rows from which a load fails"
     )
+    full_refresh: bool = Field(
+        False, description="Let `make run` replace what raw_data.diabetes holds, and fit anew"
+    )
     db_host: str = Field("127.0.0.1", description="Data database: host")
     db_port: int = Field(55432, description="Data database: port")
     db_user: str = Field("diabetes", description="Data database: user")

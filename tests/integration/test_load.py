@@ -541,6 +541,14 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.parametrize("full_refresh", [False, True])
+def test_file_without_one_valid_row_loads_nothing(loaded: Loader, full_refresh: bool) -> None:
+    before = loaded.table()
+    with pytest.raises(IngestionError, match="not one row"):
+        loaded([b"broken"], limit=100, full_refresh=full_refresh)
+    assert loaded.table() == before
+
+
 @pytest.mark.parametrize("kind", ["distinct", "repeated", "broken"])
 def test_memory_does_not_grow_with_the_rows(database: Database, tmp_path: Path, kind: str) -> None:
     small, large = tmp_path / "small.csv", tmp_path / "large.csv"
@@ -550,7 +558,7 @@ def test_memory_does_not_grow_with_the_rows(database: Database, tmp_path: Path, 
     elif kind == "repeated":
         large.write_bytes(csv_of(LINES * 40))
     else:
-        large.write_bytes(csv_of([line + b",x" for line in LINES * 20]))
+        large.write_bytes(csv_of([LINES[0], *(line + b",x" for line in LINES * 20)]))
     measured = subprocess.run(
         [sys.executable, "-c", MEASURE, str(small), str(large)],
         env={**os.environ, **database.environment},

@@ -19,6 +19,7 @@ from services import processes
 from services.postgres import Postgres, PostgresError
 from services.state import Secrets, write_shell_environment
 from settings import PROJECT_ROOT
+from tests.conftest import Database
 
 FAMILY = """
 import os, signal, subprocess, sys, time
@@ -50,6 +51,7 @@ def test_stop_ends_a_process_and_the_children_it_left(state: Path, temper: str) 
     wait_for(2, state)
     # The parent dies first: its child, in a session of its own, must still be found.
     os.kill(min(process.pid for process in processes.find(state, "family")), signal.SIGKILL)
+    wait_for(1, state)
     assert processes.stop(state, timeout=1) == 1
     assert processes.find(state) == []
 
@@ -151,6 +153,24 @@ def test_root_with_a_private_home(state: Path) -> None:
     finally:
         server.stop()
         subprocess.run(["rm", "-rf", str(server.data.parent)], check=True)
+
+
+def test_query_of_a_killed_client_ends(database: Database) -> None:
+    code = f"""import psycopg2
+psycopg2.connect({database.dsn!r}).cursor().execute('select pg_sleep(300)')"""
+    client = subprocess.Popen([sys.executable, "-c", code])
+    running = "select 1 from pg_stat_activity where query = 'select pg_sleep(300)'"
+
+    def wait_until(there: bool) -> None:
+        deadline = time.monotonic() + 20
+        while bool(database.rows(running)) is not there and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert bool(database.rows(running)) is there
+
+    wait_until(True)
+    client.kill()
+    client.wait()
+    wait_until(False)
 
 
 def test_down_without_anything_running(state: Path) -> None:

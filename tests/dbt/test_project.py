@@ -1,0 +1,210 @@
+"""The dbt project against a real PostgreSQL: what it builds, what it refuses, what it documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ingestion.load import load
+from ingestion.synthetic import write_csv
+from settings import PROJECT_ROOT
+from tests.conftest import Database
+
+PROJECT = PROJECT_ROOT / "dbt_diabetes"
+SPLITS = ("diabetes_train", "diabetes_validation", "diabetes_test", "diabetes_excluded")
+
+
+class Dbt:
+    """dbt on one database, with its own target folder."""
+
+    def __init__(self, database: Database, target: Path) -> None:
+        self.database = database
+        self.target = target
+
+    def __call__(
+        self, *arguments: str, batch_size: int = 15_000
+    ) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).parent / "dbt"), "--quiet", "--log-path"]
+        command += [str(self.target), *arguments, "--target-path", str(self.target)]
+        return subprocess.run(
+            [*command, "--vars", json.dumps({"batch_size": batch_size})],
+            cwd=PROJECT,
+            env={**os.environ, **self.database.environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def build(self, *arguments: str, batch_size: int = 15_000) -> None:
+        done = self(
+            "build", "--exclude-resource-type", "unit_test", *arguments, batch_size=batch_size
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def broken_nodes(self) -> set[str]:
+        """Names of the nodes that failed in the last command."""
+        results = json.loads((self.target / "run_results.json").read_text())["results"]
+        failed = [one["unique_id"] for one in results if one["status"] in ("fail", "error")]
+        return {unique_id.split(".")[2] for unique_id in failed}
+
+    def published(self) -> list[tuple[object, ...]]:
+        """Every table of clean_data as one hash."""
+        return [
+            row
+            for table in (*SPLITS, "batch_info", "clip_report")
+            for row in self.database.rows(
+                f"select '{table}', md5(string_agg(cast(t as text), '' order by cast(t as text)))"
+                f" from clean_data.{table} as t"
+            )
+        ]
+
+
+@pytest.fixture
+def dbt(database: Database, tmp_path: Path) -> Dbt:
+    return Dbt(database, tmp_path / "target")
+
+
+def ingest(database: Database, path: Path, **options: Any) -> None:
+    load(path, database.dsn, source=str(path), run_id="test", reject_limit_percent=1, **options)
+
+
+def ingest_synthetic(database: Database, folder: Path, rows: int) -> None:
+    path = folder / f"{rows}.csv"
+    write_csv(path, rows=rows)
+    ingest(database, path)
+
+
+def test_everything_passes_on_synthetic_data(dbt: Dbt, tmp_path: Path) -> None:
+    ingest_synthetic(dbt.database, tmp_path, 2_000)
+    dbt.build()
+    done = dbt("build")
+    assert done.returncode == 0, done.stdout
+    results = json.loads((dbt.target / "run_results.json").read_text())["results"]
+    assert sum(one["unique_id"].startswith("unit_test.") for one in results) >= 20
+    assert not [one for one in results if one["status"] in ("warn", "skipped")]
+    ((placed, raw),) = dbt.database.rows(
+        f"select {' + '.join(f'(select count(*) from clean_data.{name})' for name in SPLITS)},"
+        " (select count(*) from raw_data.diabetes)"
+    )
+    assert placed == raw == 2_000
+
+
+def test_every_column_is_described_and_no_test_name_is_too_long(dbt: Dbt, tmp_path: Path) -> None:
+    ingest_synthetic(dbt.database, tmp_path, 500)
+    dbt.build()
+    assert dbt("docs", "generate").returncode == 0
+    manifest = json.loads((dbt.target / "manifest.json").read_text())
+    catalog = json.loads((dbt.target / "catalog.json").read_text())
+    described = manifest["nodes"] | manifest["sources"]
+    missing = [
+        f"{name}.{column}"
+        for name, table in (catalog["nodes"] | catalog["sources"]).items()
+        for column in table["columns"]
+        if not described[name]["columns"].get(column, {}).get("description")
+    ]
+    assert missing == []
+    assert len(catalog["nodes"]) >= 20
+    assert all(
+        node["description"] for node in described.values() if node["resource_type"] != "test"
+    )
+    # Cosmos makes XCom keys of the names, and Airflow keeps 512 characters of a key.
+    assert max(len(name) for name in manifest["nodes"]) < 200
+
+
+def test_added_load_changes_no_full_batch(dbt: Dbt, tmp_path: Path) -> None:
+    batches = "select batch_id, rows, is_full, content_hash from clean_data.batch_info order by 1"
+    ingest_synthetic(dbt.database, tmp_path, 2_000)
+    dbt.build(batch_size=300)
+    before = dbt.database.rows(batches)
+    ingest_synthetic(dbt.database, tmp_path, 3_000)
+    dbt.build(batch_size=300)
+    after = dbt.database.rows(batches)
+    full = [batch for batch in before if batch[2]]
+    assert len(full) >= 3
+    assert after[: len(full)] == full
+    assert len(after) > len(before)
+    # The batch that was open is filled up before a new one is begun.
+    assert all(rows == 300 for _, rows, _, _ in after[:-1])
+
+
+def test_statistics_stay_with_added_loads_and_move_with_a_full_refresh(
+    dbt: Dbt, tmp_path: Path
+) -> None:
+    statistics = "select fitted_through_load_id, fitted_rows from intermediate.int_statistics"
+    ingest_synthetic(dbt.database, tmp_path, 1_000)
+    dbt.build()
+    before = dbt.database.rows(statistics)
+    ingest_synthetic(dbt.database, tmp_path, 2_000)
+    dbt.build()
+    assert dbt.database.rows(statistics) == before
+    dbt.build("--full-refresh")
+    ((load_id, rows),) = dbt.database.rows(statistics)
+    assert load_id == 2
+    assert rows == dbt.database.rows("select count(*) from clean_data.diabetes_train")[0][0]
+
+
+def test_split_of_a_patient_never_moves(dbt: Dbt, tmp_path: Path) -> None:
+    splits = "select distinct patient_nbr, split from intermediate.int_encounters__features"
+    ingest_synthetic(dbt.database, tmp_path, 1_000)
+    dbt.build()
+    before = dbt.database.rows(splits)
+    ingest_synthetic(dbt.database, tmp_path, 2_000)
+    dbt.build("--full-refresh")
+    after = dbt.database.rows(splits)
+    assert set(before) <= set(after)
+    assert len({patient for patient, _ in after}) == len(after)
+
+
+@pytest.mark.parametrize(
+    ("damage", "gate"),
+    [
+        ("update raw_data.diabetes set max_glu_serum = 'bogus'", "lookups_are_total"),
+        ("update raw_data.diabetes set age = '[200-300)'", "lookups_are_total"),
+        ("update raw_data.diabetes set discharge_disposition_id = 99", "lookups_are_total"),
+        ("update raw_data.diabetes set readmitted = 'PERHAPS'", "labels_follow_readmitted"),
+        ("update raw_data.diabetes set a1cresult = null", "not_null"),
+    ],
+)
+def test_broken_raw_row_fails_before_anything_is_published(
+    dbt: Dbt, tmp_path: Path, damage: str, gate: str
+) -> None:
+    ingest_synthetic(dbt.database, tmp_path, 500)
+    dbt.build()
+    before = dbt.published()
+    dbt.database.rows("alter table raw_data.diabetes alter column a1cresult drop not null")
+    one = "select min(encounter_id) from raw_data.diabetes"
+    dbt.database.rows(f"{damage} where encounter_id = ({one})")
+    assert dbt("build", "--exclude-resource-type", "unit_test").returncode != 0
+    assert any(name.startswith(gate) for name in dbt.broken_nodes()), dbt.broken_nodes()
+    assert dbt.published() == before
+
+
+def test_empty_database_is_one_clear_error(dbt: Dbt) -> None:
+    done = dbt("build", "--exclude-resource-type", "unit_test")
+    assert done.returncode != 0
+    assert 'relation "raw_data.diabetes" does not exist' in done.stdout
+
+
+def test_known_answers_on_the_real_file(dbt: Dbt, real_zip: Path) -> None:
+    ingest(dbt.database, real_zip)
+    dbt.build()
+    facts = """select count(*), count(distinct patient_nbr), sum({positive})
+        from clean_data.{table}"""
+    known = {
+        "diabetes_train": (69_794, 49_175, 7_937),
+        "diabetes_validation": (14_778, 10_439, 1_761),
+        "diabetes_test": (14_771, 10_376, 1_616),
+    }
+    for table, answer in known.items():
+        query = facts.format(table=table, positive="readmitted_within_30_days")
+        assert dbt.database.rows(query) == [answer], table
+    excluded = "select split, count(*) from clean_data.diabetes_excluded group by 1 order by 1"
+    assert dbt.database.rows(excluded) == [("test", 361), ("train", 1_691), ("validation", 371)]
+    batches = dbt.database.rows("select rows from clean_data.batch_info order by batch_id")
+    assert batches == [(15_000,)] * 4 + [(9_794,)]
