@@ -22,7 +22,7 @@ esac
 cd "$(dirname "$0")/.."
 compile() {
     .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --only-binary :all: \
-        --generate-hashes --no-emit-index-url --custom-compile-command "make lock" \
+        --generate-hashes --custom-compile-command "make lock" \
         ${upgrade[@]+"${upgrade[@]}"} "$@"
 }
 

@@ -164,7 +164,7 @@ def test_split_of_a_patient_never_moves(dbt: Dbt, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "gate"),
     [
-        ("update raw_data.diabetes set max_glu_serum = 'bogus'", "lookups_are_total"),
+        ("update raw_data.diabetes set max_glu_serum = 'bogus'", "features_hold_only"),
         ("update raw_data.diabetes set age = '[200-300)'", "lookups_are_total"),
         ("update raw_data.diabetes set discharge_disposition_id = 99", "lookups_are_total"),
         ("update raw_data.diabetes set readmitted = 'PERHAPS'", "labels_follow_readmitted"),

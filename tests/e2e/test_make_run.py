@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,21 @@ def test_urls_answer(platform: LocalPlatform) -> None:
     assert "dbt" in page.text
     catalog = requests.get(f"{url}/cosmos/diabetes/catalog.json", timeout=30)
     assert "diabetes_train" in catalog.text
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on the PATH")
+def test_pages_show_in_a_browser(platform: LocalPlatform, tmp_path: Path) -> None:
+    # The script logs in, opens the graph of the last run and the lineage, and waits for both.
+    subprocess.run(
+        [sys.executable, str(PROJECT_ROOT / "scripts" / "screenshots.py"), "--out", str(tmp_path)],
+        env={**os.environ, "DIABETES_STATE_DIR": str(platform.state)},
+        check=True,
+    )
+    for name in ("airflow-graph.png", "dbt-lineage.png"):
+        picture = (tmp_path / name).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        # An empty page of this size compresses to a few kilobytes.
+        assert len(picture) > 30_000, name
 
 
 def test_dbt_works_by_hand(platform: LocalPlatform, tmp_path: Path) -> None:
