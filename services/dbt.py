@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from settings import PROJECT_ROOT
 
 PROJECT = PROJECT_ROOT / "dbt_diabetes"
+_DBT = Path(sys.executable).with_name("dbt")  # of this environment, whatever the PATH says
 
 
 class DbtError(Exception):
@@ -46,7 +48,7 @@ def write_docs(folder: Path, environment: Mapping[str, str], static: bool = Fals
 def _run(arguments: tuple[str, ...], target: Path, environment: Mapping[str, str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        ["dbt", "--log-path", target, "--quiet", *arguments, "--target-path", target],
+        [_DBT, "--log-path", target, "--quiet", *arguments, "--target-path", target],
         cwd=PROJECT,
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
