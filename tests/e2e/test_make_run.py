@@ -229,7 +229,7 @@ def test_failing_dbt_test_publishes_nothing(platform: LocalPlatform) -> None:
     )
     code, output = platform.run("run", source="synthetic:2500")
     assert code == 1, output
-    assert re.search(r"transform\.int_encounters__\w+\.test +FAILED", output)
+    assert re.search(r"transform\.\w+\.test +[\d.]+ s +FAILED", output)
     assert platform.contents() == before
     assert asset_events(platform) == assets
     platform.rows("delete from raw_data.diabetes where encounter_id = 9999999999")
