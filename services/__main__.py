@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    # Its retries are told by our own messages.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     try:
         platform = Platform(settings())
         if arguments.command == "run":
