@@ -8,7 +8,7 @@ help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup:
-	@scripts/setup.sh pipeline
+	@scripts/setup.sh
 
 run: setup ## Set up, start PostgreSQL and Airflow, run the pipeline, show the result
 	@$(PYTHON_BIN) -m services run

@@ -4,23 +4,26 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Usage: scripts/setup.sh [GROUP]
+Usage: scripts/setup.sh [GROUP...]
 
-Installs requirements/GROUP.txt (pipeline or dev; default: pipeline) into .venv.
-PYTHON names the interpreter to use; it has to be Python 3.11.
+Installs requirements/GROUP.txt of each group (pipeline, training or dev; without any: pipeline and
+training, what `make run` needs) into .venv. PYTHON names the interpreter to use; it has to be Python 3.11.
 TEXT
 }
 
-case "${1:-pipeline}" in
-    pipeline | dev) group=${1:-pipeline} ;;
-    -h | --help) usage; exit 0 ;;
-    *) usage >&2; exit 2 ;;
-esac
+[ $# -gt 0 ] || set -- pipeline training
+locks=()
+for group in "$@"; do
+    case "$group" in
+        pipeline | training | dev) locks+=("requirements/$group.txt") ;;
+        -h | --help) usage; exit 0 ;;
+        *) usage >&2; exit 2 ;;
+    esac
+done
 
 cd "$(dirname "$0")/.."
-lock=requirements/$group.txt
-mark=.venv/.installed-$group
-digest=$(cksum <"$lock")
+mark=.venv/.installed-$(IFS=-; echo "$*")
+digest=$(cat "${locks[@]}" | cksum)
 if [ -f "$mark" ] && [ "$(cat "$mark")" = "$digest" ]; then
     exit 0
 fi
@@ -46,11 +49,15 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     fi
 fi
 
-echo "Installing $lock (about 200 packages, 1 GB)"
+echo "Installing ${locks[*]} (about 280 packages, 2 GB)"
+requirements=()
+for lock in "${locks[@]}"; do
+    requirements+=(-r "$lock")
+done
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
     -r requirements/uv.txt
 # uv installs ten times faster; pip knows mirrors that are set up for pip alone.
 .venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode \
-    --require-hashes -r "$lock" ||
-    .venv/bin/python -m pip install --disable-pip-version-check --require-hashes -r "$lock"
+    --require-hashes "${requirements[@]}" ||
+    .venv/bin/python -m pip install --disable-pip-version-check --require-hashes "${requirements[@]}"
 printf '%s\n' "$digest" >"$mark"
