@@ -10,10 +10,10 @@ help: ## Show this list
 setup:
 	@scripts/setup.sh
 
-run: setup ## Set up, start PostgreSQL and Airflow, run the pipeline, show the result
+run: setup ## Set up, start PostgreSQL, MLflow and Airflow, run the pipeline, show the result
 	@$(PYTHON_BIN) -m services run
 
-up: setup ## Start PostgreSQL and Airflow only
+up: setup ## Start PostgreSQL, MLflow and Airflow only
 	@$(PYTHON_BIN) -m services up
 
 down: setup ## Stop everything that run or up started; data stay

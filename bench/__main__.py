@@ -28,6 +28,7 @@ from bench.server import running_server
 from ingestion.errors import IngestionError
 from services.airflow import AirflowError
 from services.dbt import DbtError
+from services.mlflow_server import MlflowError
 from services.postgres import PostgresError
 from settings import PROJECT_ROOT, settings
 
@@ -235,8 +236,8 @@ def run(plan: Plan) -> None:
     """Measure, print the table and the verdicts, write the results.
 
     Raises:
-        BenchError, IngestionError, PostgresError, DbtError, AirflowError: something could not be
-            measured; what has been is printed, nothing is written.
+        BenchError, IngestionError, PostgresError, MlflowError, DbtError, AirflowError: something
+            could not be measured; what has been is printed, nothing is written.
     """
     if "plot" in plan.parts and find_spec("matplotlib") is None:
         raise BenchError("the plot needs matplotlib; run scripts/setup.sh dev, or leave out plot")
@@ -291,7 +292,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _interrupt)
     try:
         run(plan)
-    except (BenchError, IngestionError, PostgresError, DbtError, AirflowError) as error:
+    except (
+        BenchError,
+        IngestionError,
+        PostgresError,
+        MlflowError,
+        DbtError,
+        AirflowError,
+    ) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from bench.figures import Sample
 from bench.server import stop_and_remove
 from bench.usage import cpu_seconds, postgres_cpu_seconds
 from services import processes
-from services.airflow import Airflow
+from services.airflow import COMPONENTS, Airflow
 from services.platform import DAG_ID, Platform
 from services.postgres import Postgres
 from services.state import Secrets
@@ -26,6 +26,7 @@ from settings import settings
 
 _PREFERRED_POSTGRES_PORT = 57532
 _PREFERRED_AIRFLOW_PORT = 58080
+_PREFERRED_MLFLOW_PORT = 55000
 _SAMPLE_SECONDS = 4.0
 _TIMEOUT_SECONDS = 1800.0
 
@@ -45,7 +46,7 @@ def measure_dag(folder: Path, csv: Path, rows: int, rounds: int) -> Generator[Sa
 
     Raises:
         BenchError: a run failed.
-        PostgresError, DbtError, AirflowError: the platform did not start or answer.
+        PostgresError, MlflowError, DbtError, AirflowError: the platform did not start or answer.
     """
     with _platform(folder / "platform", csv) as (state, airflow, port):
         password = Secrets(state)["diabetes"]
@@ -66,6 +67,8 @@ def _platform(state: Path, csv: Path) -> Iterator[tuple[Path, Airflow, int]]:
             "source": str(csv),
             "db_port": processes.free_port(_PREFERRED_POSTGRES_PORT),
             "airflow_port": processes.free_port(_PREFERRED_AIRFLOW_PORT),
+            "mlflow_port": processes.free_port(_PREFERRED_MLFLOW_PORT),
+            "mlflow_tracking_uri": "",
         }
     )
     # Cosmos would leave its cache in /tmp and share it with every other Airflow of this machine.
@@ -84,7 +87,7 @@ def _platform(state: Path, csv: Path) -> Iterator[tuple[Path, Airflow, int]]:
 
 
 def _run(airflow: Airflow, state: Path, data: Path, csv: Path, rows: int, job: str) -> Sample:
-    cpu = cpu_seconds(processes.find(state))
+    cpu = cpu_seconds(processes.find(state, *COMPONENTS))
     postgres_cpu = postgres_cpu_seconds(data)
     failed, removed = [], []
     with _peak_memory(state) as peak:
@@ -109,7 +112,7 @@ def _run(airflow: Airflow, state: Path, data: Path, csv: Path, rows: int, job: s
         rows,
         wall=wall,
         command=wall,
-        cpu=cpu_seconds(processes.find(state)) - cpu,
+        cpu=cpu_seconds(processes.find(state, *COMPONENTS)) - cpu,
         postgres_cpu=postgres_cpu_seconds(data) - postgres_cpu,
         peak_mib=max(peak, default=0.0),
     )
@@ -126,7 +129,7 @@ def _peak_memory(state: Path) -> Iterator[list[float]]:
 
     def sample() -> None:
         while not done.wait(_SAMPLE_SECONDS):
-            found.append(sum(map(_pss_bytes, processes.find(state))) / (1 << 20))
+            found.append(sum(map(_pss_bytes, processes.find(state, *COMPONENTS))) / (1 << 20))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()

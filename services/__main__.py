@@ -10,9 +10,11 @@ from pathlib import Path
 from ingestion.errors import IngestionError
 from services.airflow import AirflowError
 from services.dbt import DbtError
+from services.mlflow_server import MlflowError
 from services.platform import Platform
 from services.postgres import PostgresError
 from settings import PROJECT_ROOT, settings
+from training.errors import TrainingError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m services", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="start everything, run the pipeline, show the result")
-    commands.add_parser("up", help="start PostgreSQL and Airflow")
-    commands.add_parser("down", help="stop PostgreSQL and Airflow; data stay")
+    commands.add_parser("up", help="start PostgreSQL, MLflow and Airflow")
+    commands.add_parser("down", help="stop PostgreSQL, MLflow and Airflow; data stay")
     docs = commands.add_parser("docs", help="build dbt's documentation as one static page")
     docs.add_argument("--page", type=Path, default=PROJECT_ROOT / "site" / "dbt.html")
     arguments = parser.parse_args(argv)
@@ -43,7 +45,14 @@ def main(argv: list[str] | None = None) -> int:
             platform.down()
         else:
             platform.write_static_docs(arguments.page)
-    except (IngestionError, PostgresError, DbtError, AirflowError) as error:
+    except (
+        IngestionError,
+        PostgresError,
+        DbtError,
+        AirflowError,
+        MlflowError,
+        TrainingError,
+    ) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:

@@ -17,6 +17,8 @@ from urllib.parse import quote
 import requests
 
 from services import processes
+from services.mlflow_server import client_environment
+from services.postgres import address
 from services.state import Secrets
 from settings import PROJECT_ROOT, Settings
 
@@ -30,13 +32,13 @@ class AirflowError(Exception):
 
 
 def environment(
-    chosen: Settings, secrets: Secrets, postgres_port: int, airflow_port: int
+    chosen: Settings, secrets: Secrets, postgres_port: int, airflow_port: int, tracking_uri: str
 ) -> dict[str, str]:
-    """Every variable that Airflow, Cosmos, dbt and our packages need, for any process of ours."""
+    """Every variable that Airflow, Cosmos, dbt, MLflow and our packages need, for any process."""
     home = chosen.state_dir / "airflow"
 
     def database(name: str) -> str:
-        return f"{name}:{quote(secrets[name], safe='')}@127.0.0.1:{postgres_port}/{name}"
+        return address(postgres_port, name, secrets[name])
 
     url = f"http://127.0.0.1:{airflow_port}"
     documentation = {
@@ -77,8 +79,11 @@ def environment(
         # On one machine nothing is gained by waiting: look for work ten times a second.
         "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.1",
         "AIRFLOW__SCHEDULER__ENABLE_TRACEMALLOC": "False",
+        # A new DAG file is seen after half a minute, not after five.
+        "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
         "AIRFLOW__COSMOS__DBT_DOCS_PROJECTS": json.dumps(documentation),
         "AIRFLOW__COSMOS__ENABLE_TELEMETRY": "False",
+        **client_environment(tracking_uri),
         "DO_NOT_TRACK": "1",
         "SCARF_ANALYTICS": "false",
         "DBT_SEND_ANONYMOUS_USAGE_STATS": "False",
@@ -87,11 +92,22 @@ def environment(
 
 @dataclass(frozen=True, slots=True)
 class TaskState:
-    """One task of a run as its state changed."""
+    """One task of a run as its state changed; of a mapped task, one of its instances."""
 
     task_id: str
     state: str
     seconds: float
+    map_index: int = -1
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """The task, and what a mapped one was mapped over."""
+        return (
+            f"{self.task_id} [{self.label or self.map_index}]"
+            if self.map_index >= 0
+            else self.task_id
+        )
 
 
 class Airflow:
@@ -265,16 +281,18 @@ class Airflow:
         """
         path = f"dags/{dag_id}/dagRuns/{quote(run_id, safe='')}"
         deadline = time.monotonic() + timeout
-        seen: dict[str, str] = {}
+        seen: dict[tuple[str, int], str] = {}
         while True:
             run = self.call("GET", path)
             tasks = self.call("GET", f"{path}/taskInstances", params={"limit": 500})
             for task in sorted(tasks["task_instances"], key=lambda task: task["end_date"] or "9"):
                 state = task["state"] or ""
                 shown = state in FINISHED or state in ("running", "up_for_retry")
-                if shown and seen.get(task["task_id"]) != state:
-                    seen[task["task_id"]] = state
-                    yield TaskState(task["task_id"], state, task["duration"] or 0.0)
+                key = (task["task_id"], task["map_index"])
+                if shown and seen.get(key) != state:
+                    seen[key] = state
+                    label = task["rendered_map_index"] or ""
+                    yield TaskState(key[0], state, task["duration"] or 0.0, key[1], label)
             if run["state"] in ("success", "failed"):
                 return
             if time.monotonic() > deadline:
@@ -284,11 +302,43 @@ class Airflow:
                 )
             time.sleep(0.5)
 
-    def task_log(self, dag_id: str, run_id: str, task_id: str, lines: int = 15) -> list[str]:
+    def wait_for_scheduled_run(
+        self, dag_id: str, known: frozenset[str], timeout: float = 120
+    ) -> str:
+        """Return the id of the first run that is not in `known`: one that the scheduler made.
+
+        Raises:
+            AirflowError: there is none within `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if new := self.runs(dag_id) - known:
+                return min(new)
+            time.sleep(0.5)
+        raise AirflowError(
+            f"the scheduler started no run of {dag_id} within {timeout:.0f} s; is the DAG paused? "
+            f"See {self.url}/dags/{dag_id}"
+        )
+
+    def runs(self, dag_id: str) -> frozenset[str]:
+        """Ids of the newest hundred runs of a DAG."""
+        path = f"dags/{dag_id}/dagRuns"
+        found = self.call("GET", path, params={"limit": 100, "order_by": "-run_after"})
+        return frozenset(run["dag_run_id"] for run in found["dag_runs"])
+
+    def task_log(
+        self, dag_id: str, run_id: str, task_id: str, map_index: int = -1, lines: int = 15
+    ) -> list[str]:
         """Last lines of a task's newest log, as text, with the messages of its exceptions."""
         path = f"dags/{dag_id}/dagRuns/{quote(run_id, safe='')}/taskInstances/{task_id}"
-        number = self.call("GET", path)["try_number"] or 1
-        content = self.call("GET", f"{path}/logs/{number}", headers={"Accept": "application/json"})
+        instance = f"{path}/{map_index}" if map_index >= 0 else path
+        number = self.call("GET", instance)["try_number"] or 1
+        content = self.call(
+            "GET",
+            f"{path}/logs/{number}",
+            params={"map_index": map_index},
+            headers={"Accept": "application/json"},
+        )
         said = []
         for entry in content["content"]:
             if isinstance(entry, dict):

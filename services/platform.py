@@ -15,19 +15,21 @@ from ingestion.load import loaded_origins
 from ingestion.source import Source, obtain
 from services import dbt, processes
 from services.airflow import ADMIN, COMPONENTS, Airflow, environment
-from services.postgres import Postgres
-from services.report import summary
+from services.mlflow_server import MlflowServer, check
+from services.postgres import Postgres, address
+from services.report import champion, summary
 from services.state import Secrets, write_shell_environment
 from settings import PROJECT_ROOT, PUBLISHER_URL, Settings
 
 DAG_ID = "diabetes_data_processing"
+TRAINING_DAG_ID = "diabetes_model_training"
 _SIGNS = {"success": "ok", "up_for_retry": "will retry"}
 
 log = logging.getLogger(__name__)
 
 
 class Platform:
-    """PostgreSQL, Airflow and dbt of one state folder.
+    """PostgreSQL, MLflow, Airflow and dbt of one state folder.
 
     Args:
         chosen: the settings; `state_dir` is the folder.
@@ -45,12 +47,17 @@ class Platform:
         """Start what is not running and return the healthy Airflow.
 
         Raises:
-            PostgresError, DbtError, AirflowError: what did not start, and where its log is.
+            PostgresError, MlflowError, DbtError, AirflowError: what did not start, and where its
+                log is.
         """
         postgres_port = self.start_postgres()
         _say_where("PostgreSQL", postgres_port, self._settings.db_port)
-        airflow_port = self._airflow_port()
-        self._environment = environment(self._settings, self._secrets, postgres_port, airflow_port)
+        # It starts while dbt parses and Airflow starts, and is waited for below.
+        tracking_uri, mlflow = self._start_mlflow(postgres_port)
+        airflow_port = self._airflow_port(tracking_uri)
+        self._environment = environment(
+            self._settings, self._secrets, postgres_port, airflow_port, tracking_uri
+        )
         write_shell_environment(self._state / "env.sh", self._environment)
         dbt.write_manifest(self._docs, self._environment)
         airflow = Airflow(self._state, self._environment, self._secrets["admin"])
@@ -59,6 +66,8 @@ class Platform:
         )
         airflow.migrate()
         airflow.start()
+        if mlflow:
+            _say_where("MLflow", mlflow.wait_until_ready(), self._settings.mlflow_port)
         airflow.wait_until_healthy()
         _say_where("Airflow", airflow_port, self._settings.airflow_port)
         return airflow
@@ -66,11 +75,11 @@ class Platform:
     def start_postgres(self) -> int:
         """Start the embedded PostgreSQL with our databases if it is down; return its port."""
         if self._postgres.port is None:
-            # Whatever is left of an Airflow knows the port of a server that is gone.
+            # Whatever is left of Airflow and MLflow knows the port of a server that is gone.
             processes.stop(self._state)
         password = self._secrets["postgres"]
         port = self._postgres.start(self._settings.db_port, password)
-        owners = {name: self._secrets[name] for name in ("diabetes", "airflow")}
+        owners = {name: self._secrets[name] for name in ("diabetes", "airflow", "mlflow")}
         self._postgres.ensure_databases(port, password, owners)
         return port
 
@@ -78,7 +87,8 @@ class Platform:
         """Stop everything that was started for this state folder; data stay."""
         ended = processes.stop(self._state)
         stopped = self._postgres.stop()
-        log.info("Stopped %d Airflow processes%s.", ended, " and PostgreSQL" if stopped else "")
+        also = ", and PostgreSQL" if stopped else ""
+        log.info("Stopped %d processes of Airflow and MLflow%s.", ended, also)
 
     def run(self) -> bool:
         """Bring the source to clean_data through the DAG and show what came of it.
@@ -88,7 +98,7 @@ class Platform:
 
         Raises:
             IngestionError: the source can't be used.
-            PostgresError, DbtError, AirflowError: a service did not start or answer.
+            PostgresError, MlflowError, DbtError, AirflowError: a service did not start or answer.
         """
         source = self._available_source()
         airflow = self.up()
@@ -98,31 +108,61 @@ class Platform:
             "full_refresh": full_refresh,
             "reject_limit_percent": self._settings.reject_limit_percent,
         }
-        changed = (self._docs / "manifest.json", PROJECT_ROOT / "dags" / f"{DAG_ID}.py")
-        airflow.wait_for_dag(DAG_ID, max(file.stat().st_mtime for file in changed))
+        manifest = (self._docs / "manifest.json").stat().st_mtime
+        for dag_id in (DAG_ID, TRAINING_DAG_ID):
+            file = PROJECT_ROOT / "dags" / f"{dag_id}.py"
+            airflow.wait_for_dag(dag_id, max(file.stat().st_mtime, manifest))
+        known = airflow.runs(TRAINING_DAG_ID)
         run_id = airflow.trigger(DAG_ID, conf)
         log.info("DAG %s, run %s, source %s\n", DAG_ID, run_id, source)
-        if not self._follow(airflow, run_id):
+        if not self._follow(airflow, DAG_ID, run_id):
             return False
-        log.info("\ndbt docs: reading the catalog")
+        # The assets of clean_data start it; by hand it would not be what users see.
+        training = airflow.wait_for_scheduled_run(TRAINING_DAG_ID, known)
+        log.info(
+            "\nDAG %s, run %s, started by the assets of clean_data\n", TRAINING_DAG_ID, training
+        )
         dbt.write_docs(self._docs, self._environment)
+        if not self._follow(airflow, TRAINING_DAG_ID, training):
+            return False
         self._conclude(airflow)
         return True
 
     def write_static_docs(self, target: Path) -> None:
         """Build dbt's documentation as one static page at `target`."""
         port = self.start_postgres()
-        variables = environment(self._settings, self._secrets, port, self._airflow_port())
+        # dbt reads neither Airflow's port nor MLflow's address, and nothing else is to be started.
+        variables = environment(
+            self._settings, self._secrets, port, self._settings.airflow_port, ""
+        )
         page = dbt.write_docs(self._docs, variables, static=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         page.replace(target)
         log.info("dbt docs: %s", target)
 
-    def _airflow_port(self) -> int:
-        servers = processes.find(self._state, "api-server")
-        if all(processes.find(self._state, component) for component in COMPONENTS):
-            return int(servers[0].environ()["AIRFLOW__API__PORT"])
-        processes.stop(self._state)
+    def _start_mlflow(self, postgres_port: int) -> tuple[str, MlflowServer | None]:
+        """Where MLflow is, and the server if it is ours (started, but not waited for)."""
+        database = address(postgres_port, "mlflow", self._secrets["mlflow"])
+        server = MlflowServer(self._state, f"postgresql+psycopg2://{database}")
+        given = self._settings.mlflow_tracking_uri.rstrip("/")
+        # A shell that has sourced env.sh names our own server, which may be down by now.
+        if given and given != server.last_url:
+            check(given)
+            log.info("MLflow: using %s", given)
+            return given, None
+        return server.start(self._settings.mlflow_port), server
+
+    def _airflow_port(self, tracking_uri: str) -> int:
+        """The port of the Airflow that runs; a free one if it has to be started, or anew."""
+        found = [processes.find(self._state, component) for component in COMPONENTS]
+        variables = [component[0].environ() for component in found if component]
+        if len(variables) == len(COMPONENTS) and all(
+            known.get("MLFLOW_TRACKING_URI") == tracking_uri for known in variables
+        ):
+            return int(variables[0]["AIRFLOW__API__PORT"])
+        if any(found):
+            log.info("Airflow: ending its processes: one is missing, or MLflow has moved")
+            processes.stop(self._state, *COMPONENTS)
         return processes.free_port(self._settings.airflow_port)
 
     def _available_source(self) -> str:
@@ -174,31 +214,33 @@ class Platform:
             dbname="diabetes",
         )
 
-    def _follow(self, airflow: Airflow, run_id: str) -> bool:
+    def _follow(self, airflow: Airflow, dag_id: str, run_id: str) -> bool:
         begin = time.monotonic()
         failed = []
-        for task in airflow.follow(DAG_ID, run_id, self._settings.run_timeout):
+        for task in airflow.follow(dag_id, run_id, self._settings.run_timeout):
             if task.state == "running":
                 continue
             if task.state == "failed":
-                failed.append(task.task_id)
+                failed.append(task)
             elapsed = time.monotonic() - begin
             state = _SIGNS.get(task.state, task.state.upper())
-            log.info("%6.1f s  %-60s %5.1f s  %s", elapsed, task.task_id, task.seconds, state)
-        if airflow.run_state(DAG_ID, run_id) == "success":
+            log.info("%6.1f s  %-60s %5.1f s  %s", elapsed, task.name, task.seconds, state)
+        if airflow.run_state(dag_id, run_id) == "success":
             return True
-        for task_id in failed[:1]:
-            log.error("\n%s failed; the end of its log:", task_id)
-            for line in airflow.task_log(DAG_ID, run_id, task_id):
+        for task in failed[:1]:
+            log.error("\n%s failed; the end of its log:", task.name)
+            for line in airflow.task_log(dag_id, run_id, task.task_id, task.map_index):
                 log.error("  %s", line)
-        log.error("\nThe run failed: %s/dags/%s/runs/%s", airflow.url, DAG_ID, run_id)
+        log.error("\nThe run failed: %s/dags/%s/runs/%s", airflow.url, dag_id, run_id)
         return False
 
     def _conclude(self, airflow: Airflow) -> None:
         with closing(self._connect(int(self._environment["DIABETES_DB_PORT"]))) as connection:
             log.info("\n%s\n", summary(connection))
-        log.info("Airflow   %s/dags/%s", airflow.url, DAG_ID)
+        log.info("%s\n", champion(self._environment["MLFLOW_TRACKING_URI"], self._state))
+        log.info("Airflow   %s/dags", airflow.url)
         log.info("          login %s, password %s", ADMIN, self._secrets["admin"])
+        log.info("MLflow    %s", self._environment["MLFLOW_TRACKING_URI"])
         log.info("dbt docs  %s/cosmos/diabetes/dbt_docs_index.html", airflow.url)
         log.info("          (also in Airflow's menu Browse; readable without login)")
         log.info("By hand   source %s/env.sh; cd dbt_diabetes; dbt build", self._state)

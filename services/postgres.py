@@ -15,6 +15,7 @@ from contextlib import closing
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 import psycopg2
 from psycopg2 import sql
@@ -188,6 +189,11 @@ class Postgres:
                     shutil.copytree(part, target, symlinks=True, dirs_exist_ok=True)
             partial.rename(copy)
         self._binaries = copy / self._binaries.relative_to(self._binaries.parents[2])
+
+
+def address(port: int, name: str, password: str) -> str:
+    """The part of a URL after `://` for the database `name` of the role of that name."""
+    return f"{name}:{quote(password, safe='')}@127.0.0.1:{port}/{name}"
 
 
 def _wheel_binaries() -> Path:

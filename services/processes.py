@@ -37,15 +37,16 @@ def start(
     process.returncode = 0
 
 
-def find(state: Path, name: str = "") -> list[psutil.Process]:
-    """Running processes (children included) that were started for this state folder."""
+def find(state: Path, *names: str) -> list[psutil.Process]:
+    """Running processes (children included) of this state folder: all, or those of the names."""
+    marks = [f"{name}@{state}" for name in names]
     found = []
     for process in psutil.process_iter():
         try:
             mark = process.environ().get(MARK, "")
             if (
                 mark.endswith(f"@{state}")
-                and (not name or mark == f"{name}@{state}")
+                and (not names or mark in marks)
                 and process.status() != psutil.STATUS_ZOMBIE
             ):
                 found.append(process)
@@ -54,11 +55,11 @@ def find(state: Path, name: str = "") -> list[psutil.Process]:
     return found
 
 
-def stop(state: Path, timeout: float = 15.0) -> int:
-    """End all processes of the state folder, by force in the end; return how many there were."""
+def stop(state: Path, *names: str, timeout: float = 15.0) -> int:
+    """End what `find` finds, by force in the end; return how many processes there were."""
     ended = 0
     # Repeated, because a process can start a child while its siblings are being ended.
-    while processes := find(state):
+    while processes := find(state, *names):
         ended += len(processes)
         for process in processes:
             _signal(process, force=False)

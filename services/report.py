@@ -1,6 +1,10 @@
-"""The table that `make run` ends with: what was loaded, and what became of it."""
+"""What `make run` ends with: what was loaded, what became of it, and who is champion."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from psycopg2.extensions import connection as Connection  # noqa: N812
 
@@ -53,3 +57,48 @@ def summary(connection: Connection) -> str:
         known = f"{positives:,}" if positives is not None else ""
         lines.append(f"{part:<12}{detail:<16}{rows:>9,}{patients:>10,}{known:>10}{rate:>8}")
     return "\n".join(lines)
+
+
+_METRICS = ("auroc", "auprc", "brier", "log_loss", "ece", "lift_top_decile", "recall_top_decile")
+
+
+def champion(tracking_uri: str, state: Path) -> str:
+    """The champion's card in short: metrics with intervals, policy, decision and addresses."""
+    from training.actions import open_tracker
+    from training.publish import card_url
+    from training.registry import CHALLENGER, CHAMPION, MODEL, find_version
+    from training.tracking import download
+
+    client = open_tracker(tracking_uri, state).client()
+    version = find_version(client, CHAMPION)
+    if version is None:
+        challenger = find_version(client, CHALLENGER)
+        said = challenger.tags["decision_reason"] if challenger else "no version is registered"
+        return f"{MODEL} has no champion: {said}"
+    with TemporaryDirectory() as folder:
+        file = download(client, version.run_id, "evaluation.json", Path(folder))
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        f"Champion: {MODEL} version {version.number}, {facts['candidate']}; "
+        f"{facts['decision']['reason']}",
+        "",
+        f"{'':<20}{'validation':>26}{'test':>26}",
+    ]
+    if facts["data"]["is_synthetic"]:
+        lines.insert(0, "*** SYNTHETIC DATA: these figures say nothing about patients ***")
+    for name in _METRICS:
+        cells = (_cell(facts[split]["metrics"][name]) for split in ("validation", "test"))
+        lines.append(f"{name.replace('_', ' '):<20}{''.join(f'{cell:>26}' for cell in cells)}")
+    for row in facts["test"]["policy"]:
+        lines.append(
+            f"alerts at p >= {row['threshold']:.3f}: {row['alerts_share']:.1%} of test encounters, "
+            f"recall {row['recall']:.1%}, precision {row['precision']:.1%}"
+        )
+    return "\n".join(
+        [*lines, "", f"Card      {card_url(facts)}", f"Model     {facts['registry_url']}"]
+    )
+
+
+def _cell(found: dict[str, float]) -> str:
+    digits = 3 if found["value"] >= 0.1 else 4
+    return f"{found['value']:.{digits}f} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"

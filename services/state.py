@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-_NAMES = ("postgres", "diabetes", "airflow", "admin", "api", "jwt", "fernet")
+_NAMES = ("postgres", "diabetes", "airflow", "mlflow", "admin", "api", "jwt", "fernet")
 
 
 class Secrets(dict[str, str]):
@@ -51,7 +51,7 @@ def write_private(file: Path, text: str) -> None:
 
 
 def write_shell_environment(file: Path, variables: Mapping[str, str]) -> None:
-    """Write variables as `export` lines: after `source`, `dbt` and `airflow` work by hand."""
+    """Write variables as `export` lines: after `source`, our programs work by hand."""
     lines = [
         f'export PATH={shlex.quote(value.split(os.pathsep)[0])}:"$PATH"'
         if name == "PATH"
@@ -59,5 +59,5 @@ def write_shell_environment(file: Path, variables: Mapping[str, str]) -> None:
         for name, value in variables.items()
     ]
     write_private(
-        file, "\n".join(["# source this file to use dbt and airflow by hand", *lines, ""])
+        file, "\n".join(["# source this file to use dbt, airflow and mlflow by hand", *lines, ""])
     )

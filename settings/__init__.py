@@ -1,7 +1,8 @@
 """The one place that reads the environment.
 
-Every variable is named `DIABETES_...` and listed in docs/settings.md. Importing this module has
-no effect; `settings()` reads the environment once and keeps the answer.
+Every variable is named `DIABETES_...`, but for the one that MLflow's own client reads too, and
+listed in docs/settings.md. Importing this module has no effect; `settings()` reads the environment
+once and keeps the answer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ PUBLISHER_URL = (
 )
 PUBLISHER_CSV_SHA256 = "0689e7ec031237dc63031b938805c48377748761a3b26acab621567afa24df97"
 
+CLEAN_DATA = (
+    "diabetes_train",
+    "diabetes_validation",
+    "diabetes_test",
+    "diabetes_excluded",
+    "batch_info",
+    "clip_report",
+)
+"""Tables of schema clean_data; each is an Asset by which Airflow schedules what comes after."""
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
@@ -56,7 +66,19 @@ class Settings(BaseSettings):
         description="What Cosmos renders the DAG from; made by dbt parse",
     )
     airflow_port: int = Field(8080, description="Preferred port of the Airflow UI")
-    run_timeout: int = Field(3600, description="Seconds `make run` waits for the pipeline")
+    mlflow_port: int = Field(5000, description="Preferred port of the MLflow server")
+    mlflow_tracking_uri: str = Field(
+        "",
+        validation_alias="MLFLOW_TRACKING_URI",
+        description="An MLflow server to use instead of starting one",
+    )
+    training_candidates: str = Field(
+        "", description="Names of files in training/candidates, comma-separated; empty: all"
+    )
+    training_trials: int = Field(20, ge=1, description="Sets of hyper-parameters tried in all")
+    training_seed: int = Field(130, ge=0, description="Of everything that training draws")
+    training_threads: int = Field(2, ge=1, description="Threads of one training")
+    run_timeout: int = Field(3600, description="Seconds `make run` waits for each DAG")
 
     @property
     def cache_dir(self) -> Path:

@@ -13,11 +13,17 @@ import psycopg2
 import pytest
 from psycopg2.extensions import make_dsn
 
-from services.postgres import Postgres
+from services import processes
+from services.mlflow_server import MlflowServer
+from services.postgres import Postgres, address
 from settings import PROJECT_ROOT
 
 SHARED_DATA = PROJECT_ROOT.parent / "shared" / "data" / "diabetes_130us.zip"
 _PASSWORD = "only-for-tests"
+MLFLOW_PASSWORD = "only for mlflow's tests: 100 %/@?"
+
+# Read when mlflow is imported, in this process or in one that a test starts.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,22 @@ def database(server_port: int, request: pytest.FixtureRequest) -> Iterator[Datab
         cursor.execute(f"create database {name}")
         yield Database(server_port, name)
         cursor.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(server_port: int, reachable_tmp: Path) -> Iterator[str]:
+    """URI of an MLflow server that lives as long as the session."""
+    owner = {"mlflow": MLFLOW_PASSWORD}
+    Postgres(reachable_tmp / "server").ensure_databases(server_port, _PASSWORD, owner)
+    state = reachable_tmp / "mlflow-server"
+    database = address(server_port, "mlflow", MLFLOW_PASSWORD)
+    server = MlflowServer(state, f"postgresql+psycopg2://{database}")
+    try:
+        uri = server.start(56500)
+        server.wait_until_ready()
+        yield uri
+    finally:
+        processes.stop(state)
 
 
 def _maintenance(port: int) -> psycopg2.extensions.connection:

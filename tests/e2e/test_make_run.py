@@ -1,4 +1,4 @@
-"""The whole platform for real: PostgreSQL, four Airflow processes, Cosmos, dbt.
+"""The whole platform for real: PostgreSQL, MLflow, four Airflow processes, Cosmos, dbt.
 
 One platform serves the module; the tests go through a user's day in the order of the file.
 """
@@ -43,6 +43,8 @@ class LocalPlatform:
                 "DIABETES_SOURCE": source,
                 "DIABETES_DB_PORT": "56200",
                 "DIABETES_AIRFLOW_PORT": "56300",
+                "DIABETES_MLFLOW_PORT": "56400",
+                "MLFLOW_TRACKING_URI": "",
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -148,6 +150,8 @@ def test_urls_answer(platform: LocalPlatform) -> None:
     assert "dbt" in page.text
     catalog = requests.get(f"{url}/cosmos/diabetes/catalog.json", timeout=30)
     assert "diabetes_train" in catalog.text
+    mlflow = requests.get(variables["MLFLOW_TRACKING_URI"], timeout=30)
+    assert "<title>MLflow</title>" in mlflow.text
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on the PATH")
