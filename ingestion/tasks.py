@@ -85,19 +85,9 @@ def load(
 
     The SHA-256 seen by `validate` is demanded again, so that what was checked is what is loaded.
     """
-    # Not PostgresHook: its psycopg 3 connections know no copy_expert.
-    connection = BaseHook.get_connection(conn_id)
-    dsn = make_dsn(
-        host=connection.host,
-        port=connection.port,
-        user=connection.login,
-        password=connection.password,
-        dbname=connection.schema,
-        application_name="ingestion",
-    )
     report = load_file(
         Path(validated["path"]),
-        dsn,
+        connection_dsn(conn_id, "ingestion"),
         source=source,
         run_id=run_id,
         reject_limit_percent=reject_limit_percent,
@@ -106,6 +96,24 @@ def load(
     )
     log.info("%s", report)
     return asdict(report)
+
+
+def connection_dsn(conn_id: str, application: str) -> str:
+    """Connection string (libpq) of an Airflow connection.
+
+    Not a PostgresHook: its psycopg 3 connections know no copy_expert.
+    """
+    connection = BaseHook.get_connection(conn_id)
+    return str(
+        make_dsn(
+            host=connection.host,
+            port=connection.port,
+            user=connection.login,
+            password=connection.password,
+            dbname=connection.schema,
+            application_name=application,
+        )
+    )
 
 
 def clean_up(folder: str) -> None:

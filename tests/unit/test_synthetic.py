@@ -137,7 +137,8 @@ def test_readmission_rates_are_those_of_the_real_file(columns: Columns) -> None:
 
 def test_outcome_can_be_learnt_about_as_well_as_the_real_one(columns: Columns) -> None:
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-    assert 0.63 < auroc([risk(row) for row in rows], columns["readmitted"]) < 0.70
+    best_possible = auroc([risk(row) for row in rows], columns["readmitted"])
+    assert 0.69 < best_possible < 0.72  # the dead are in; without them 0.01 less
 
 
 def test_inpatient_visits_are_the_strongest_predictor(columns: Columns) -> None:
