@@ -19,18 +19,10 @@ from cosmos import (
 )
 from cosmos.profiles import PostgresUserPasswordProfileMapping
 
-from settings import PROJECT_ROOT, settings
+from settings import CLEAN_DATA, PROJECT_ROOT, settings
 
 CONNECTION = "postgres_default"
 DBT_PROJECT = PROJECT_ROOT / "dbt_diabetes"
-PUBLISHED = (
-    "diabetes_train",
-    "diabetes_validation",
-    "diabetes_test",
-    "diabetes_excluded",
-    "batch_info",
-    "clip_report",
-)
 
 # Only what can pass by itself is retried: fetching and writing. A broken file fails at once.
 TRANSIENT: dict[str, Any] = {
@@ -171,7 +163,7 @@ with DAG(
 
     # Cosmos' own assets resolve through aliases and stay off the Assets page; these are concrete,
     # and come into being only when every model and test before them has passed.
-    @task(outlets=[Asset(name=f"clean_data.{table}") for table in PUBLISHED])
+    @task(outlets=[Asset(name=f"clean_data.{table}") for table in CLEAN_DATA])
     def publish() -> None:
         """Tell the world that clean_data is new."""
 

@@ -1,0 +1,1 @@
+"""clean_data -> a registered champion: data, features, candidates, evaluation, registry."""
