@@ -10,7 +10,7 @@ help: ## Show this list
 setup:
 	@scripts/setup.sh
 
-run: setup ## Set up, start PostgreSQL, MLflow and Airflow, run the pipeline, show the result
+run: setup ## Set up, start all services, bring raw data to a champion, show the result
 	@$(PYTHON_BIN) -m services run
 
 up: setup ## Start PostgreSQL, MLflow and Airflow only
@@ -31,9 +31,10 @@ lint: ## Static checks: ruff, mypy, sqlfluff, shellcheck, yamllint
 docs: setup ## Build dbt's documentation as one page, site/dbt.html
 	@$(PYTHON_BIN) -m services docs
 
-bench: ## Measure ingestion, dbt, the DAG and the pandas baseline
+bench: ## Measure ingestion, dbt, the DAGs, training and the pandas baseline
 	@scripts/setup.sh dev
 	@$(PYTHON_BIN) -m bench
+	@$(PYTHON_BIN) -m bench.training
 
 screenshots: ## Take the pictures of README with headless Chromium
 	@scripts/setup.sh dev

@@ -19,7 +19,7 @@ from bench.server import stop_and_remove
 from bench.usage import cpu_seconds, postgres_cpu_seconds
 from services import processes
 from services.airflow import COMPONENTS, Airflow
-from services.platform import DAG_ID, Platform
+from services.platform import DAG_ID, TRAINING_DAG_ID, Platform
 from services.postgres import Postgres
 from services.state import Secrets
 from settings import settings
@@ -48,7 +48,10 @@ def measure_dag(folder: Path, csv: Path, rows: int, rounds: int) -> Generator[Sa
         BenchError: a run failed.
         PostgresError, MlflowError, DbtError, AirflowError: the platform did not start or answer.
     """
-    with _platform(folder / "platform", csv) as (state, airflow, port):
+    with running_platform(folder / "platform", csv) as (state, airflow, port):
+        # Or each run would have a training beside it that the assets of the one before started.
+        airflow.wait_for_dag(TRAINING_DAG_ID, newer_than=0)
+        airflow.call("PATCH", f"dags/{TRAINING_DAG_ID}", json={"is_paused": True})
         password = Secrets(state)["diabetes"]
         data = Postgres(state).data
         for number in range(rounds + 1):
@@ -59,7 +62,8 @@ def measure_dag(folder: Path, csv: Path, rows: int, rounds: int) -> Generator[Sa
 
 
 @contextmanager
-def _platform(state: Path, csv: Path) -> Iterator[tuple[Path, Airflow, int]]:
+def running_platform(state: Path, csv: Path) -> Iterator[tuple[Path, Airflow, int]]:
+    """A platform of its own: state folder, Airflow and PostgreSQL's port; gone afterwards."""
     state.mkdir()
     chosen = settings().model_copy(
         update={

@@ -14,7 +14,7 @@ import pandas as pd
 
 from settings import settings
 from training import candidates, data, features
-from training.candidates import Table
+from training.candidates import Table, never_stop
 from training.data import Encounters
 from training.inference import Encoder, Matrix, sigmoid
 from training.metrics import Scores
@@ -72,7 +72,7 @@ def _auroc(
         module.DEFAULTS,
         settings().training_seed,
         settings().training_threads,
-        lambda _iteration, _loss: False,
+        never_stop,
     )
     return sigmoid(module.margin(model, judged))
 

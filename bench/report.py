@@ -98,8 +98,8 @@ def describe(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         command=shlex.join(["python", "-m", "bench", *arguments]),
         commit=_commit(),
-        cpu_model=_cpu_model(),
-        cores=_usable_cores(),
+        cpu_model=cpu_model(),
+        cores=usable_cores(),
         memory_gib=round(psutil.virtual_memory().total / (1 << 30), 1),
         load_before=round(load_before, 2),
         system=f"{platform.system()} {platform.release()}",
@@ -112,13 +112,15 @@ def describe(
     )
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -9,6 +9,7 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
@@ -33,7 +34,7 @@ PUBLISHED = (
 
 
 def main() -> int:
-    """Write airflow-graph.png and dbt-lineage.png to the folder given, and return 0."""
+    """Write the pictures to the folder given, and return 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PROJECT_ROOT / "docs" / "images")
     arguments = parser.parse_args()
@@ -58,6 +59,8 @@ def main() -> int:
         )
         _airflow_graph(browser, airflow, password, arguments.out / "airflow-graph.png")
         _dbt_lineage(browser, airflow.url, arguments.out / "dbt-lineage.png")
+        uri = (state / "mlflow" / "url").read_text()
+        _model_card(browser, uri, arguments.out / "model-card.png")
         browser.close()
     return 0
 
@@ -109,6 +112,31 @@ def _dbt_lineage(browser: Browser, url: str, picture: Path) -> None:
     page.wait_for_load_state("networkidle")
     page.wait_for_timeout(4000)
     page.screenshot(path=picture)
+
+
+def _model_card(browser: Browser, uri: str, picture: Path) -> None:
+    """Picture of the curves and confusion matrices on the champion's card."""
+    from training.actions import open_tracker
+    from training.registry import CHALLENGER, CHAMPION, find_version
+
+    client = open_tracker(uri, settings().state_dir).client()
+    version = find_version(client, CHAMPION) or find_version(client, CHALLENGER)
+    if version is None:
+        raise SystemExit("error: no version is registered; run make run first")
+    with tempfile.TemporaryDirectory() as folder:
+        card = client.download_artifacts(version.run_id, "card/model_card.html", folder)
+        page = browser.new_page(viewport={"width": 1150, "height": 900})
+        page.goto(Path(card).as_uri())
+        figures = page.locator("img")
+        boxes = [figures.nth(index).bounding_box() for index in range(figures.count())]
+    seen = [box for box in boxes if box][:6]
+    top = min(box["y"] for box in seen)
+    bottom = max(box["y"] + box["height"] for box in seen)
+    page.screenshot(
+        path=picture,
+        full_page=True,
+        clip={"x": 0, "y": top - 10, "width": 1150, "height": bottom - top + 20},
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 from settings import Settings, settings
 from training import actions
 from training.errors import TrainingError
-from training.pipeline import Spec
+from training.plan import Spec
 
 
 def _parser(chosen: Settings) -> argparse.ArgumentParser:

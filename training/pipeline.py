@@ -12,77 +12,27 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from training import candidates, data, drift, environment, evaluate, features, gates
-from training.candidates import Table
-from training.data import DataFacts, Encounters
+from training import candidates, data, environment, features
+from training.candidates import Table, never_stop
 from training.errors import TrackingLostError, TrainingError
-from training.inference import Encoder, Scorer, sigmoid
-from training.metrics import Scores, fit_line, with_intervals
-from training.registry import CHAMPION, MODEL, RawEncounters, Registry, Version, compare
-from training.search import Best, Trial, out_of_fold, search
-from training.tracking import Run, Tracker, download, flat
+from training.inference import Encoder, sigmoid
+from training.judgement import Judgement
+from training.metrics import Scores, with_intervals
+from training.plan import Spec, dataset, facts_of, identity, tags
+from training.registry import CHALLENGER, CHAMPION, Registry
+from training.search import Best, Trial, search
+from training.tracking import Run, Tracker, download, flat, write_json
 
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "diabetes-readmission"
-FOLDS = 3
 CURVE_RESAMPLES = 200
-BEHAVIOUR_RECORDS = 300
-SHAP_ROWS = 2000
 LOSS_POINTS = 40
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What to train.
-
-    Attributes:
-        candidates: names of files in training/candidates; empty: all.
-        trials: in all, shared out among the candidates.
-        batches: of train, from the first on; 0: all.
-        seed: of everything drawn.
-        threads: of one training. Part of the result's identity: sums in another order round
-            otherwise.
-        classes: 2, or 3 to tell later readmission from none as well.
-        force: train even where the champion was made from exactly this.
-    """
-
-    candidates: Sequence[str] = ()
-    trials: int = 20
-    batches: int = 0
-    seed: int = 130
-    threads: int = 2
-    classes: int = 2
-    force: bool = False
-
-    def checked(self) -> Spec:
-        """The same with candidates filled in.
-
-        Raises:
-            TrainingError: an unknown candidate, or fewer trials than candidates.
-        """
-        names = tuple(self.candidates) or tuple(candidates.names())
-        for name in names:
-            candidates.file(name)
-        if self.trials < len(names):
-            raise TrainingError(
-                f"{self.trials} trials for {len(names)} candidates: one each at least"
-            )
-        if self.classes not in (2, 3):
-            raise TrainingError(f"classes is {self.classes}, expected 2 or 3")
-        return Spec(**{**asdict(self), "candidates": names})
-
-    def trials_of(self, candidate: str) -> int:
-        """Its share of the trials; what is left over goes to the first."""
-        share, rest = divmod(self.trials, len(self.candidates))
-        return share + (list(self.candidates).index(candidate) < rest)
 
 
 @dataclass(slots=True)
@@ -117,21 +67,20 @@ class Training:
         spec = spec.checked()
         facts = data.facts(self.dsn, spec.batches)
         definition = features.read(self.dsn)
-        identity = _identity(spec, facts, definition)
         plan: dict[str, Any] = {
             "spec": asdict(spec),
             "facts": facts.as_dict(),
             "feature_sha256": definition["sha256"],
-            "identity": identity,
+            "identity": identity(spec, facts, definition),
             "nothing_to_do": "",
         }
-        if not spec.force and (reason := self._made_already(identity)):
+        if not spec.force and (reason := self._made_already(plan["identity"])):
             return plan | {"nothing_to_do": reason, "parent": ""}
         parent = self.tracker.begin(
             f"training {facts.sha[:8]}, load {facts.load_id}",
             params=flat({**asdict(spec), "candidates": ", ".join(spec.candidates)}),
-            tags=self._tags(plan),
-            dataset=_dataset(facts),
+            tags=tags(plan),
+            dataset=dataset(facts),
         )
         (parent.artifacts / "features.json").write_text(json.dumps(definition, indent=1))
         (parent.artifacts / "environment.txt").write_text(environment.lock())
@@ -158,8 +107,8 @@ class Training:
         run = self.tracker.begin(
             candidate,
             parent=plan["parent"],
-            tags=self._tags(plan) | {"candidate": candidate},
-            dataset=_dataset(_facts(plan)),
+            tags=tags(plan) | {"candidate": candidate},
+            dataset=dataset(facts_of(plan)),
         )
 
         def on_trial(trial: Trial) -> None:
@@ -221,11 +170,11 @@ class Training:
             # Fewer rows want fewer trees: validation decides, as it did for all batches.
             parameters.pop(name, None)
         points = []
-        for batches in range(1, _facts(plan).batches + 1):
+        for batches in range(1, facts_of(plan).batches + 1):
             train = data.read(self.dsn, "train", wanted, batches)
             encoder = data.fit_encoder(train, wanted)
-            learnt, judged = _table(train, encoder), _table(validation, encoder)
-            model, _ = module.fit(learnt, judged, parameters, spec.seed, spec.threads, _unheard)
+            learnt, judged = Table.of(train, encoder), Table.of(validation, encoder)
+            model, _ = module.fit(learnt, judged, parameters, spec.seed, spec.threads, never_stop)
             scores = Scores(judged.target, sigmoid(module.margin(model, judged.matrix)))
             found = with_intervals(scores, validation.patients, spec.seed, CURVE_RESAMPLES)
             own = Scores(learnt.target, sigmoid(module.margin(model, learnt.matrix)))
@@ -276,8 +225,15 @@ class Training:
                 "promote its version, or train anew"
             )
         with tempfile.TemporaryDirectory(prefix="diabetes-model-") as name:
-            judgement = _Judgement(self, plan, outcome, curve, Path(name))
-            return judgement.run()
+            judgement = Judgement(
+                self.dsn,
+                client,
+                plan,
+                outcome,
+                definition=self._definition(plan),
+                folder=Path(name),
+            )
+            return judgement.run(curve, self.decided_by, self.override_by)
 
     def close(self, plan: Mapping[str, Any], succeeded: bool) -> None:
         """End the parent run."""
@@ -326,25 +282,14 @@ class Training:
             registry = Registry(self.tracker.client(), self.dsn)
         except TrackingLostError:
             return ""
-        champion = registry.version(CHAMPION)
-        if champion and champion.tags.get("identity") == identity:
-            return (
-                f"champion version {champion.number} was made from exactly these data, features "
-                "and settings (force trains anew)"
-            )
+        for alias in (CHAMPION, CHALLENGER):
+            version = registry.version(alias)
+            if version and version.tags.get("identity") == identity:
+                return (
+                    f"{alias} version {version.number} was made from exactly these data, features "
+                    f"and settings: {version.tags['decision_reason']} (force trains anew)"
+                )
         return ""
-
-    def _tags(self, plan: Mapping[str, Any]) -> dict[str, str]:
-        kept = {key: plan[key] for key in ("spec", "facts", "feature_sha256", "identity")}
-        return {
-            "plan": json.dumps(kept),
-            "data_sha": plan["facts"]["sha"],
-            "load_id": str(plan["facts"]["load_id"]),
-            "feature_sha256": plan["feature_sha256"],
-            "environment_sha256": environment.lock_sha256(),
-            "git_commit": environment.git_commit(),
-            "is_synthetic": str(plan["facts"]["is_synthetic"]),
-        }
 
     def _definition(self, plan: Mapping[str, Any]) -> dict[str, Any]:
         """The feature SQL as `prepare` found it."""
@@ -359,7 +304,7 @@ class Training:
         train = data.read(self.dsn, "train", definition["features"], spec.batches)
         validation = data.read(self.dsn, "validation", definition["features"])
         encoder = data.fit_encoder(train, definition["features"])
-        return _table(train, encoder), _table(validation, encoder), encoder
+        return Table.of(train, encoder), Table.of(validation, encoder), encoder
 
     def _record_trial(self, run: Run, candidate: str, trial: Trial) -> None:
         made = self.tracker.begin(
@@ -387,11 +332,11 @@ class Training:
         (folder / "fitted").mkdir(parents=True)
         shutil.copyfile(source, folder / "candidate.py")
         candidates.load(source).save(best.model, folder / "fitted")
-        _write_json(
+        write_json(
             folder / "encoder.json",
             {"names": encoder.names, "vocabularies": encoder.vocabularies},
         )
-        _write_json(folder / "parameters.json", best.parameters)
+        write_json(folder / "parameters.json", best.parameters)
 
     def _chosen(self, outcome: Mapping[str, Any]) -> tuple[candidates.Candidate, dict[str, Any]]:
         """The candidate as it was stored with its run, and its best parameters."""
@@ -399,307 +344,3 @@ class Training:
             folder = download(self.tracker.client(), outcome["run_id"], "candidate", Path(name))
             parameters = json.loads((folder / "parameters.json").read_text())
             return candidates.load(folder / "candidate.py"), parameters
-
-
-class _Judgement:
-    """From a candidate's run to a registered version; one object a judgement."""
-
-    def __init__(
-        self,
-        training: Training,
-        plan: Mapping[str, Any],
-        outcome: Mapping[str, Any],
-        curve: Sequence[Mapping[str, float]],
-        folder: Path,
-    ) -> None:
-        self._training = training
-        self._plan = plan
-        self._spec = Spec(**plan["spec"])
-        self._facts = _facts(plan)
-        self._outcome = outcome
-        self._curve = list(curve)
-        self._folder = folder
-        self._model = folder / "readmission"
-        self._definition = training._definition(plan)
-        self._client = training.tracker.client()
-        self._registry = Registry(self._client, training.dsn)
-
-    def run(self) -> dict[str, Any]:
-        self._assemble()
-        scorer = Scorer(self._model)
-        matrix = self._validation.matrix(scorer.encoder)
-        probability = scorer.probabilities(matrix)
-        thresholds = evaluate.choose_thresholds(probability)
-        self._write_scoring({**scorer.scoring, "thresholds": thresholds})
-        scorer = Scorer(self._model)
-        validation = evaluate.report(
-            "validation", self._validation, probability, thresholds, self._spec.seed
-        )
-        raw = self._registry.frozen_validation(self._facts.is_synthetic)
-        behaviour = evaluate.behaviour(
-            lambda records: _predict(scorer, records),
-            raw.records(BEHAVIOUR_RECORDS),
-            float(raw.target.mean()),
-        )
-        champion = self._registry.version(CHAMPION)
-        comparison = self._compare(scorer, champion, raw)
-        judged = gates.judge(
-            validation,
-            behaviour,
-            comparison,
-            leak_override=self._training.override_by,
-            replaces_real=gates.replaces_real(
-                str(self._facts.is_synthetic), champion.tags if champion else {}
-            ),
-        )
-        failed = [gate.name for gate in judged if not gate.passed]
-        test = None if failed else self._test(scorer, thresholds)
-        reason = f"gates not passed: {', '.join(failed)}" if failed else "every gate was passed"
-        self._finish_model(scorer, probability, validation, test, raw)
-        return self._register(
-            scorer, matrix, probability, validation, test, behaviour, judged, champion, reason
-        )
-
-    @cached_property
-    def _train(self) -> Encounters:
-        return data.read(
-            self._training.dsn, "train", self._definition["features"], self._spec.batches
-        )
-
-    @cached_property
-    def _validation(self) -> Encounters:
-        return data.read(self._training.dsn, "validation", self._definition["features"])
-
-    def _assemble(self) -> None:
-        """The model's folder, calibrated on training patients that each fold had not seen."""
-        stored = download(self._client, self._outcome["run_id"], "candidate", self._folder)
-        shutil.copytree(stored, self._model)
-        shutil.copyfile(Path(__file__).with_name("inference.py"), self._model / "inference.py")
-        _write_json(self._model / "features.json", self._definition)
-        self._parameters = json.loads((self._model / "parameters.json").read_text())
-        module = candidates.load(self._model / "candidate.py")
-        encoder = Encoder(**json.loads((self._model / "encoder.json").read_text()))
-        table = _table(self._train, encoder)
-        options = {"seed": self._spec.seed, "threads": self._spec.threads}
-        margins = out_of_fold(
-            module, table, self._train.patients, self._parameters, folds=FOLDS, **options
-        )
-        slope, intercept = fit_line(margins, table.target)
-        log.info("calibration: slope %.3f, intercept %.3f", slope, intercept)
-        self._write_scoring({"slope": slope, "intercept": intercept, "thresholds": {}})
-        if self._spec.classes == 3:
-            self._fit_later(module, table)
-
-    def _fit_later(self, module: candidates.Candidate, table: Table) -> None:
-        """Later against never, among those who don't come back within 30 days.
-
-        Nested dichotomies (Fox 1997): the three probabilities add up, and that of <30 stays what
-        the calibrated model says.
-        """
-        rest = np.flatnonzero(table.target == 0)
-        later = (self._train.readmitted[rest] == ">30").astype(np.int8)
-        of_rest = Table(table.matrix[rest], later, table.names, table.nominal)
-        model, _ = module.fit(
-            of_rest, None, self._parameters, self._spec.seed, self._spec.threads,
-            _unheard,
-        )  # fmt: skip
-        folder = self._model / "fitted_later"
-        folder.mkdir()
-        module.save(model, folder)
-
-    def _write_scoring(self, scoring: Mapping[str, Any]) -> None:
-        _write_json(self._model / "scoring.json", scoring)
-
-    def _compare(
-        self, scorer: Scorer, champion: Version | None, raw: RawEncounters
-    ) -> dict[str, Any] | None:
-        if champion is None or champion.tags.get("is_synthetic") != str(self._facts.is_synthetic):
-            return None
-        reigning = self._registry.scorer(champion, self._folder / "champion")
-        return compare(scorer, reigning, champion.number, raw, self._spec.seed)
-
-    def _test(self, scorer: Scorer, thresholds: Mapping[str, float]) -> dict[str, Any]:
-        # Noted before it is done. One that breaks off may be repeated: it is the same model.
-        self._client.set_tag(self._outcome["run_id"], "judged", "test rows read")
-        test = data.read(self._training.dsn, "test", self._definition["features"])
-        probability = scorer.probabilities(test.matrix(scorer.encoder))
-        return evaluate.report("test", test, probability, thresholds, self._spec.seed)
-
-    def _finish_model(
-        self,
-        scorer: Scorer,
-        probability: Any,
-        validation: Mapping[str, Any],
-        test: Mapping[str, Any] | None,
-        raw: RawEncounters,
-    ) -> None:
-        reference = drift.reference(self._train.features, self._definition["features"], probability)
-        _write_json(self._model / "reference.json", reference)
-        examples = [_without_ids(record) for record in raw.records(20)]
-        _write_json(
-            self._model / "examples.json",
-            {"records": examples, "probabilities": _predict(scorer, examples).tolist()},
-        )
-        self._write_scoring(
-            {
-                **scorer.scoring,
-                "policy": {
-                    "validation": validation["policy"],
-                    "test": test["policy"] if test else None,
-                },
-            }
-        )
-
-    def _register(
-        self,
-        scorer: Scorer,
-        matrix: Any,
-        probability: Any,
-        validation: dict[str, Any],
-        test: dict[str, Any] | None,
-        behaviour: list[dict[str, Any]],
-        judged: list[gates.Gate],
-        champion: Version | None,
-        reason: str,
-    ) -> dict[str, Any]:
-        from training import publish
-
-        promoted = test is not None
-        shares = scorer.contributions(matrix[:SHAP_ROWS])[:, :-1]
-        facts = {
-            "name": MODEL,
-            "version": None,
-            "candidate": self._outcome["candidate"],
-            "run_id": self._outcome["run_id"],
-            "git_commit": environment.git_commit(),
-            "feature_sha256": self._definition["sha256"],
-            "environment_sha256": environment.lock_sha256(),
-            "parameters": self._parameters,
-            "calibration": {key: scorer.scoring[key] for key in ("slope", "intercept")},
-            "seed": self._spec.seed,
-            "data": self._facts.as_dict(),
-            "validation": validation,
-            "test": test,
-            "learning_curve": self._curve,
-            "behaviour": behaviour,
-            "gates": [gate.as_dict() for gate in judged],
-            "decision": {
-                "promoted": promoted,
-                "reason": reason,
-                "by": self._training.override_by or self._training.decided_by,
-            },
-            "top_features": evaluate.top_features(scorer.feature_names, shares),
-        }
-        if scorer.later(matrix[:1]) is not None:
-            facts["three_class_auroc"] = self._three_class_auroc(scorer, matrix, probability)
-        evaluation = publish.Evaluation(
-            facts=facts,
-            target=self._validation.target,
-            probability=probability,
-            contributions=shares,
-            matrix=matrix[:SHAP_ROWS],
-            names=scorer.feature_names,
-            thresholds=scorer.thresholds,
-        )
-        tags = self._training._tags(self._plan) | {
-            "candidate": self._outcome["candidate"],
-            "identity": self._plan["identity"],
-            "decision": "promoted" if promoted else "blocked",
-            "decision_reason": reason,
-        }
-        published = publish.publish(self._client, self._model, evaluation)
-        version = self._registry.add(
-            published.model_uri,
-            published.model_id,
-            self._outcome["run_id"],
-            tags | publish.figures_as_tags(facts),
-            publish.description(facts),
-        )
-        if promoted:
-            self._registry.crown(version)
-        self._registry.log(
-            "promoted" if promoted else "blocked",
-            version,
-            champion_before=champion.number if champion else None,
-            decided_by=facts["decision"]["by"],
-            reason=reason,
-            gates=judged,
-            validation=validation,
-            test=test,
-        )
-        self._client.set_tag(self._outcome["run_id"], "judged", f"version {version.number}")
-        log.info("version %s of %s: %s", version.number, MODEL, reason)
-        return {
-            "version": version.number,
-            "promoted": promoted,
-            "reason": reason,
-            "candidate": self._outcome["candidate"],
-            "run_id": self._outcome["run_id"],
-            "card_url": published.card_url,
-            "validation": validation["metrics"],
-            "test": test["metrics"] if test else None,
-        }
-
-    def _three_class_auroc(self, scorer: Scorer, matrix: Any, probability: Any) -> float:
-        later = scorer.later(matrix)
-        assert later is not None  # noqa: S101  (asked for only where the model knows it)
-        return evaluate.three_class_auroc(
-            self._validation.readmitted,
-            {"<30": probability, ">30": later, "NO": 1 - probability - later},
-        )
-
-
-def _unheard(_iteration: int, _loss: float) -> bool:
-    """Nobody prunes this training."""
-    return False
-
-
-def _predict(scorer: Scorer, records: evaluate.Records) -> Any:
-    names = {name for record in records for name in record}
-    columns = {name: [record.get(name) for record in records] for name in names}
-    return scorer.probabilities(scorer.matrix(scorer.features(columns, len(records))))
-
-
-def _without_ids(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value for name, value in record.items() if name not in ("encounter_id", "patient_nbr")
-    }
-
-
-def _table(encounters: Encounters, encoder: Encoder) -> Table:
-    return Table(encounters.matrix(encoder), encounters.target, encoder.names, encoder.nominal)
-
-
-def _facts(plan: Mapping[str, Any]) -> DataFacts:
-    return DataFacts(**{key: value for key, value in plan["facts"].items() if key != "sha"})
-
-
-def _dataset(facts: DataFacts) -> dict[str, Any]:
-    return {
-        "name": "clean_data.diabetes_train",
-        "digest": facts.train_hash,
-        "source": {"table": "clean_data.diabetes_train", "batches": facts.batches},
-        "profile": facts.as_dict(),
-    }
-
-
-def _identity(spec: Spec, facts: DataFacts, definition: Mapping[str, Any]) -> str:
-    """Everything that determines a training's result; equal means equal to the last digit."""
-    code = [
-        file.read_bytes().hex()
-        for name in spec.candidates
-        for file in (candidates.file(name), Path(__file__), Path(__file__).with_name("search.py"))
-    ]
-    parts = [
-        {**asdict(spec), "force": False, "batches": facts.batches},
-        facts.sha,
-        definition["sha256"],
-        definition["tables"]["int_statistics"],
-        environment.lock_sha256(),
-        code,
-    ]
-    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import optuna
 
-from training.candidates import Candidate, Table
+from training.candidates import Candidate, Table, never_stop
 from training.inference import sigmoid
 from training.metrics import Scores, all_metrics
 
@@ -149,8 +149,6 @@ def out_of_fold(
 
     margins = np.empty(len(train.target))
     for seen, unseen in GroupKFold(folds).split(margins, groups=patients):
-        model, _ = candidate.fit(
-            train.take(seen), None, parameters, seed, threads, lambda _iteration, _loss: False
-        )
+        model, _ = candidate.fit(train.take(seen), None, parameters, seed, threads, never_stop)
         margins[unseen] = candidate.margin(model, train.matrix[unseen])
     return margins

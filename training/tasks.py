@@ -16,7 +16,8 @@ from ingestion.tasks import connection_dsn
 from settings import settings
 from training import actions
 from training.errors import TrackingLostError, TrainingError
-from training.pipeline import Spec, Training
+from training.pipeline import Training
+from training.plan import Spec
 
 P = ParamSpec("P")
 R = TypeVar("R")

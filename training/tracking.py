@@ -335,3 +335,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values, readable for people too."""
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

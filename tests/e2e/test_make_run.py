@@ -41,6 +41,9 @@ class LocalPlatform:
                 **os.environ,
                 "DIABETES_STATE_DIR": str(self.state),
                 "DIABETES_SOURCE": source,
+                # One quick candidate: what is looked at here is the way, not the model.
+                "DIABETES_TRAINING_CANDIDATES": "lightgbm",
+                "DIABETES_TRAINING_TRIALS": "1",
                 "DIABETES_DB_PORT": "56200",
                 "DIABETES_AIRFLOW_PORT": "56300",
                 "DIABETES_MLFLOW_PORT": "56400",
@@ -131,6 +134,9 @@ def test_run_brings_synthetic_data_to_clean_data(platform: LocalPlatform) -> Non
     assert (source, synthetic) == ("synthetic:2000", True)
     assert str(run_id).startswith("manual__")
     assert list((platform.state / "work").iterdir()) == []
+    # Three hundred validation rows make no champion, and that is said.
+    assert re.search(r"search \[lightgbm\] +[\d.]+ s +ok", output)
+    assert "diabetes_readmission has no champion: gates not passed" in output
 
 
 def test_urls_answer(platform: LocalPlatform) -> None:
@@ -162,7 +168,7 @@ def test_pages_show_in_a_browser(platform: LocalPlatform, tmp_path: Path) -> Non
         env={**os.environ, "DIABETES_STATE_DIR": str(platform.state)},
         check=True,
     )
-    for name in ("airflow-graph.png", "dbt-lineage.png"):
+    for name in ("airflow-graph.png", "dbt-lineage.png", "model-card.png"):
         picture = (tmp_path / name).read_bytes()
         assert picture.startswith(b"\x89PNG")
         # An empty page of this size compresses to a few kilobytes.
@@ -196,6 +202,7 @@ def test_second_run_is_quick_and_changes_nothing(platform: LocalPlatform) -> Non
     assert code == 0, output
     assert "0 new, 0 changed, 2,000 unchanged" in output
     assert platform.contents() == before
+    assert re.search(r"prepare +[\d.]+ s +SKIPPED", output)
     # No benchmark: the services simply must not be started again.
     assert time.monotonic() - begin < 180
 
@@ -252,6 +259,22 @@ def asset_events(platform: LocalPlatform) -> int:
         cursor.execute("select count(*) from asset_event")
         (count,) = cursor.fetchone() or (0,)
         return int(count)
+
+
+def test_run_brings_the_real_file_to_a_champion(platform: LocalPlatform, real_zip: Path) -> None:
+    code, output = platform.run("run", source=str(real_zip))
+    assert code == 0, output
+    assert "The synthetic encounters of an earlier run will be replaced." in output
+    assert re.search(r"Champion: diabetes_readmission version \d+, lightgbm; every gate", output)
+    assert re.search(r"auroc +0\.6[67]\d \[0\.\d+, 0\.\d+\] +0\.6[678]\d \[", output)
+    (card,) = re.findall(r"Card +(http\S+)", output)
+    assert requests.get(card, timeout=30).ok
+    ((action, gates, test),) = platform.rows(
+        "select action, gates, test from ml.promotion_log order by decision_id desc limit 1"
+    )
+    assert action == "promoted"
+    assert all(gate["passed"] for gate in gates)  # type: ignore[attr-defined]
+    assert test is not None
 
 
 def test_missing_source_is_one_clear_message(platform: LocalPlatform) -> None:

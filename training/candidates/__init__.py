@@ -16,13 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from training.errors import TrainingError
-from training.inference import Matrix, load_module
+from training.inference import Encoder, Matrix, load_module
 
 if TYPE_CHECKING:
     import optuna
 
+    from training.data import Encounters
+
 Report = Callable[[int, float], bool]
 """Called with (iteration, validation log loss); True means: stop, this trial is pruned."""
+
+
+def never_stop(_iteration: int, _loss: float) -> bool:
+    """A `Report` for trainings that nobody prunes."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,12 @@ class Table:
     target: npt.NDArray[np.int8]
     names: tuple[str, ...]
     nominal: tuple[int, ...]
+
+    @classmethod
+    def of(cls, encounters: Encounters, encoder: Encoder) -> Table:
+        """Encode encounters."""
+        matrix = encounters.matrix(encoder)
+        return cls(matrix, encounters.target, encoder.names, encoder.nominal)
 
     def take(self, rows: npt.NDArray[Any]) -> Table:
         """The rows at these positions."""
