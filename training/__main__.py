@@ -11,6 +11,7 @@ from typing import Any
 from settings import Settings, settings
 from training import actions
 from training.errors import TrainingError
+from training.pipeline import Training
 from training.plan import Spec
 
 
@@ -54,8 +55,7 @@ def _parser(chosen: Settings) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, chosen: Settings) -> Any:
-    training = actions.open_training(chosen, decided_by=getattr(arguments, "decided_by", ""))
+def _run(training: Training, arguments: argparse.Namespace, threads: int) -> Any:
     if arguments.command == "run":
         names = tuple(name for name in arguments.candidates.split(",") if name)
         spec = Spec(
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace, chosen: Settings) -> Any:
             trials=arguments.trials,
             batches=arguments.batches,
             seed=arguments.seed,
-            threads=chosen.training_threads,
+            threads=threads,
             classes=arguments.classes,
             force=arguments.force,
         )
@@ -93,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = settings()
     arguments = _parser(chosen).parse_args(argv)
     try:
-        result = _run(arguments, chosen)
+        training = actions.open_training(chosen, decided_by=getattr(arguments, "decided_by", ""))
+        with training.tracker.connected():
+            result = _run(training, arguments, chosen.training_threads)
     except TrainingError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

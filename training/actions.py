@@ -108,7 +108,7 @@ def promote(training: Training, number: str, override_leak: bool) -> dict[str, A
         if stored["test"] is None:
             if override_leak:
                 training.override_by = training.decided_by
-            client.delete_tag(version.run_id, "judged")
+            client.set_tag(version.run_id, "judged", "")
             answer = training.register(version.run_id)
             if not answer["promoted"]:
                 raise TrainingError(

@@ -42,7 +42,9 @@ class ReadmissionModel(PythonModel):
         settings: dict[str, Any] = {"alert_rate": 0.2, "top": 5, **(params or {})}
         scorer = self.scorer
         threshold = scorer.threshold(settings["alert_rate"])
-        columns = {str(name): model_input[name].tolist() for name in model_input.columns}
+        # pandas has several ways to say "missing"; the scorer knows None.
+        known = model_input.astype(object).where(model_input.notna(), None)
+        columns = {str(name): known[name].tolist() for name in known.columns}
         rows = scorer.features(columns, len(model_input))
         matrix = scorer.matrix(rows)
         probability = scorer.probabilities(matrix)

@@ -255,14 +255,19 @@ class Training:
             succeeded = True
             return answer
         finally:
-            if self.tracker.answers():
-                self.close(plan, succeeded)
+            self.tracker.close(plan["parent"], "FINISHED" if succeeded else "FAILED")
 
     def register(self, run_id: str) -> dict[str, Any]:
         """Judge a run that a search left, e.g. one that was uploaded or that lost to another."""
+        from mlflow.exceptions import MlflowException
+
         client = self.tracker.client()
-        found = client.get_run(run_id)
-        tags = found.data.tags
+        try:
+            tags = client.get_run(run_id).data.tags
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise TrainingError(f"MLflow has no run {run_id}") from error
         if "candidate" not in tags or "plan" not in tags:
             raise TrainingError(f"run {run_id} holds no candidate; give the run of a candidate")
         plan = json.loads(tags["plan"])

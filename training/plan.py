@@ -13,7 +13,17 @@ from training import candidates, environment
 from training.data import DataFacts
 from training.errors import TrainingError
 
-_CODE = ("pipeline.py", "judgement.py", "search.py", "data.py", "inference.py", "evaluate.py")
+_CODE = (
+    "candidates/__init__.py",
+    "data.py",
+    "evaluate.py",
+    "gates.py",
+    "inference.py",
+    "judgement.py",
+    "metrics.py",
+    "pipeline.py",
+    "search.py",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,10 @@ class Spec:
         names = tuple(self.candidates) or tuple(candidates.names())
         for name in names:
             candidates.file(name)
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise TrainingError(f"candidate {', '.join(twice)} is named twice")
+        if self.batches < 0:
+            raise TrainingError(f"batches is {self.batches}, expected 0 (all) or more")
         if self.trials < len(names):
             raise TrainingError(
                 f"{self.trials} trials for {len(names)} candidates: one each at least"
@@ -95,7 +109,7 @@ def dataset(facts: DataFacts) -> dict[str, Any]:
 def identity(spec: Spec, facts: DataFacts, definition: Mapping[str, Any]) -> str:
     """Everything that determines a training's result; equal means equal to the last digit."""
     files = [candidates.file(name) for name in spec.candidates]
-    files += [Path(__file__).with_name(name) for name in _CODE]
+    files += [Path(__file__).parent / name for name in _CODE]
     parts = [
         {**asdict(spec), "force": False, "batches": facts.batches},
         facts.sha,

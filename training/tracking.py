@@ -12,8 +12,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,37 @@ class Tracker:
         run.end, run.status = _now(), status
         run.write()
         self._try(self._send, run)
+
+    def close(self, run_id: str, status: str) -> None:
+        """End a run that was left open, or keep a note to do so."""
+        known = self._known(run_id)
+        folder = self._folder / known
+        if folder.exists():
+            run = Run.read(folder)
+        else:
+            name = f"{_LOCAL}{uuid.uuid4().hex}"
+            run = Run(self._folder / name, known, "", None, _now(), params={}, tags={})
+            run.artifacts.mkdir(parents=True)
+        self.finish(run, status)
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Make one message of whatever MLflow's client says when the server is lost.
+
+        Raises:
+            TrackingLostError: it was.
+        """
+        try:
+            yield
+        except TrainingError:
+            raise
+        except Exception as error:
+            if self.answers():
+                raise
+            raise TrackingLostError(
+                f"MLflow at {self.uri} was lost on the way. When it is back: python -m training "
+                "compare says what it has, python -m training register RUN goes on from there"
+            ) from error
 
     def kept(self) -> list[Run]:
         """Runs that ended (or whose process did) and that the server does not have yet.

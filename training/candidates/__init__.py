@@ -111,10 +111,10 @@ def file(name: str, folder: Path = FOLDER) -> Path:
     Raises:
         TrainingError: there is none of that name.
     """
-    path = folder / f"{name}.py"
-    if not path.exists() or name.startswith("_"):
-        raise TrainingError(f"no candidate {name}; known are {', '.join(names(folder))}")
-    return path
+    known = names(folder)
+    if name not in known:
+        raise TrainingError(f"no candidate {name}; known are {', '.join(known)}")
+    return folder / f"{name}.py"
 
 
 def load(path: Path) -> Candidate:
