@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import distributions, packages_distributions, version
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from settings import PROJECT_ROOT
 
 
+@cache
 def lock() -> str:
     """Every installed distribution as `name==version`, one a line, sorted."""
     found = {

@@ -26,7 +26,9 @@ class ReadmissionModel(PythonModel):
         spec.loader.exec_module(module)
         self.scorer = module.Scorer(folder)
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         """Score encounters.
 
         Args:

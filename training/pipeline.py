@@ -317,8 +317,8 @@ class Training:
             parent=run.id,
             params=trial.parameters,
             tags={"candidate": candidate, "pruned": str(trial.pruned)},
+            seconds_ago=trial.seconds,
         )
-        made.start -= int(trial.seconds * 1000)
         every = max(1, len(trial.losses) // LOSS_POINTS)
         for iteration, loss in trial.losses[::every]:
             made.metric("validation_loss_by_iteration", loss, iteration)

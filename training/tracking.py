@@ -95,6 +95,7 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         dataset: dict[str, Any] | None = None,
+        seconds_ago: float = 0.0,
     ) -> Run:
         """Start a run, nested under `parent` (an id).
 
@@ -104,6 +105,7 @@ class Tracker:
             params: hyper-parameters and settings.
             tags: what describes the run.
             dataset: `name`, `digest`, `source` and `profile` of what it learns from.
+            seconds_ago: when it began, where it is told of afterwards.
         """
         local = f"{_LOCAL}{uuid.uuid4().hex}"
         run = Run(
@@ -111,7 +113,7 @@ class Tracker:
             id=local,
             name=name,
             parent=parent,
-            start=_now(),
+            start=_now() - int(1000 * seconds_ago),
             params={key: str(value) for key, value in (params or {}).items()},
             tags={key: str(value) for key, value in (tags or {}).items()},
             dataset=dataset,
@@ -251,15 +253,16 @@ class Tracker:
         made = client.create_run(
             self._experiment_id(client), start_time=run.start, tags=tags, run_name=run.name
         )
-        self._remember(run.id, made.info.run_id)
         run.id = made.info.run_id
         run.write()
 
     def _send(self, run: Run) -> None:
         from mlflow.entities import Metric, Param
 
-        if run.id.startswith(_LOCAL):
+        if (local := run.id).startswith(_LOCAL):
             self._create(run)
+            # Its children were made under the local id.
+            self._remember(local, run.id)
         client = self.client()
         metrics = [Metric(name, value, run.end, step) for name, value, step in run.metrics]
         params = [Param(name, value) for name, value in run.params.items()]

@@ -17,14 +17,18 @@ def describe(folder: str) -> dict[str, Any]:
     bag = DagBag(dag_folder=folder)
     return {
         "errors": bag.import_errors,
+        "modules": sorted(sys.modules),
         "dags": {
             dag_id: {
                 "max_active_runs": dag.max_active_runs,
                 "doc_md": dag.doc_md,
+                "schedule": _schedule(dag.timetable.asset_condition),
                 "params": {
                     name: {
                         "title": dag.params.get_param(name).schema.get("title"),
                         "description": dag.params.get_param(name).description,
+                        "default": dag.params.get_param(name).value,
+                        "schema": dag.params.get_param(name).schema,
                     }
                     for name in dag.params
                 },
@@ -36,6 +40,9 @@ def describe(folder: str) -> dict[str, Any]:
                         "exponential": bool(task.retry_exponential_backoff),
                         "timeout": task.execution_timeout and task.execution_timeout.seconds,
                         "teardown": task.is_teardown,
+                        "setup": task.is_setup,
+                        "mapped_over": _mapped_over(task),
+                        "at_once": task.max_active_tis_per_dagrun,
                         "outlets": [outlet.name for outlet in task.outlets],
                         "watched_tests": getattr(task, "tests_per_model", None),
                         "node": getattr(task, "extra_context", {})
@@ -48,6 +55,17 @@ def describe(folder: str) -> dict[str, Any]:
             for dag_id, dag in bag.dags.items()
         },
     }
+
+
+def _schedule(condition: Any) -> list[str]:
+    """How the assets that start a DAG are joined, and their names; empty without assets."""
+    names = sorted(asset.name for asset in getattr(condition, "objects", ()))
+    return [type(condition).__name__, *names] if names else []
+
+
+def _mapped_over(task: Any) -> list[str]:
+    """Arguments that a task is mapped over; empty where it is not mapped."""
+    return sorted(getattr(getattr(task, "op_kwargs_expand_input", None), "value", {}))
 
 
 if __name__ == "__main__":

@@ -32,11 +32,10 @@ from training.inference import FeatureQuery, Scorer, sigmoid
 ROWS = 101_766
 PUBLISHED = 99_343  # train, validation and test; the others died or went to a hospice
 
-# mlflow warns of its own use of pandas, and wants type hints that would refuse missing columns.
+# mlflow warns of its own use of pandas and of type hints in itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Operation with range:DeprecationWarning"),
     pytest.mark.filterwarnings(r"ignore:(?s).*Any type hint is inferred"),
-    pytest.mark.filterwarnings(r"ignore:(?s).*Add type hints to the `predict` method"),
 ]
 
 

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from settings import settings
 from tests.conftest import Database
 from tests.dbt.test_project import Dbt, ingest_synthetic
 from tests.integration.test_parity import made_database
-from training import data, features, gates, publish
+from training import data, evaluate, features, gates, publish
 from training.__main__ import main
 from training.errors import TrainingError
 from training.features import RAW_FIELDS
@@ -35,11 +36,10 @@ from training.plan import Spec
 from training.registry import Registry, Version
 from training.tracking import Tracker
 
-# mlflow warns of its own use of pandas, and wants type hints that would refuse missing columns.
+# mlflow warns of its own use of pandas and of type hints in itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Operation with range:DeprecationWarning"),
     pytest.mark.filterwarnings(r"ignore:(?s).*Any type hint is inferred"),
-    pytest.mark.filterwarnings(r"ignore:(?s).*Add type hints to the `predict` method"),
 ]
 
 SPEC = Spec(candidates=("lightgbm", "logistic_regression"), trials=4, threads=1)
@@ -49,6 +49,8 @@ BATCH_SIZE = 3_000
 OPEN = tuple((name, None, None) for name, *_ in gates._BOUNDS)
 """Bounds that any model passes: a thousand synthetic encounters are too few for the real ones."""
 SHUT = (("auroc", 0.99, None),)
+
+LOG_CARD = publish._log_card
 
 
 @dataclass(slots=True)
@@ -188,6 +190,7 @@ def made_lab(built: Database, definition: dict[str, Any], uri: str, folder: Path
     ):
         # dbt says the same of every copy, and takes seconds.
         monkeypatch.setattr(features, "read", lambda dsn: definition)
+        monkeypatch.setattr(evaluate, "report", partial(evaluate.report, resamples=100))
         lab = Lab(database, uri, folder, name, monkeypatch)
         lab.enter()
         lab.gates()
@@ -206,6 +209,8 @@ def lab(
 ) -> Iterator[Lab]:
     """A fresh copy of the built database and no registered model yet."""
     with made_lab(built, definition, mlflow_server, tmp_path) as made:
+        # Drawing a card takes half of a judgement; that of the first training is drawn.
+        made.monkeypatch.setattr(publish, "_log_card", lambda *_: None)
         made.capsys = capsys
         caplog.set_level(logging.INFO)
         yield made
@@ -279,7 +284,9 @@ def blocked(story: Lab) -> Trained:
 @pytest.fixture(scope="module")
 def promoted(story: Lab, blocked: Trained) -> Trained:
     """The same training again, by force, which every gate lets pass."""
-    return train(story, replace(SPEC, force=True))
+    with story.monkeypatch.context() as patched:
+        patched.setattr(publish, "_log_card", lambda *_: None)
+        return train(story, replace(SPEC, force=True))
 
 
 def raw_frame(database: Database, rows: int = 200) -> pd.DataFrame:
@@ -322,6 +329,9 @@ def test_runs_are_nested_and_say_what_they_came_from(
         names = [trial.info.run_name for trial in trials]
         assert names == [f"{run.info.run_name} {number}" for number in (0, 1)]
         assert trials[0].data.params != trials[1].data.params
+        for trial in trials:
+            took = trial.info.end_time - trial.info.start_time
+            assert took >= 1000 * trial.data.metrics["fit_seconds"] - 2  # both in whole ms
         ended = [trial for trial in trials if trial.data.tags["pruned"] == "False"]
         losses = [trial.data.metrics["validation_log_loss_uncalibrated"] for trial in ended]
         assert run.data.metrics["validation_log_loss_uncalibrated"] == min(losses)
@@ -611,8 +621,9 @@ def test_model_stands_alone(model: Any, blocked: Trained, tmp_path: Path) -> Non
     assert alone == model.predict(frame)["probability"].tolist()
 
 
-def test_third_class_leaves_the_risk_as_it_is(lab: Lab, blocked: Trained) -> None:
+def test_third_class_leaves_the_risk_as_it_is(lab: Lab, blocked: Trained, tmp_path: Path) -> None:
     assert blocked.answer["candidate"] == "lightgbm"
+    lab.monkeypatch.setattr(publish, "_log_card", LOG_CARD)
     three = train(lab, replace(SPEC, candidates=("lightgbm",), trials=2, classes=3))
     import mlflow
 
@@ -624,6 +635,7 @@ def test_third_class_leaves_the_risk_as_it_is(lab: Lab, blocked: Trained) -> Non
     assert parts.sum(axis=1).to_numpy() == pytest.approx(np.ones(len(frame)), abs=1e-12)
     assert ((parts > 0) & (parts < 1)).all(axis=None)
     assert "validation_three_class_auroc" in three.run.data.metrics
+    assert "three one-against-rest" in three.artifact("card/model_card.md", tmp_path).read_text()
     two = blocked.lab.scorer(blocked.answer["version"])
     columns = {name: frame[name].tolist() for name in frame}
     expected = two.probabilities(two.matrix(two.features(columns, len(frame))))
@@ -927,6 +939,22 @@ def test_server_that_comes_back_too_late_is_one_message(lab: Lab) -> None:
     assert lab.client.get_run(parent).info.status == "FAILED"
 
 
+def test_judgement_that_broke_off_can_be_repeated(lab: Lab) -> None:
+    with lab.monkeypatch.context() as patched:
+        patched.setattr(publish, "publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lab.main("run", *QUICK, "--seed", "4711")
+    assert lab.versions() == []
+    (parent,) = lab.runs("params.seed = '4711'")
+    assert parent.info.status == "FAILED"
+    (candidate,) = lab.runs(f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    # Gates were passed, so test rows were read; it is the same model that reads them again.
+    assert candidate.data.tags["judged"] == "test rows read"
+    answer = lab.answer("register", candidate.info.run_id)
+    assert answer["promoted"]
+    assert lab.versions() == [answer["version"]]
+
+
 @pytest.fixture
 def own_server(
     database: Database, reachable_tmp: Path
@@ -952,8 +980,9 @@ def test_server_lost_on_the_way_costs_no_run(
 ) -> None:
     server, kill = own_server
     uri = server.start(56600)
-    server.wait_until_ready()
+    port = server.wait_until_ready()
     lab.at(uri)
+    lab.monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     real_record, real_publish = Training._record_trial, publish.publish
 
     def lost_after_first(training: Training, *arguments: Any) -> None:
@@ -966,7 +995,7 @@ def test_server_lost_on_the_way_costs_no_run(
     # Parent and first trial had arrived; two trials and the candidate wait.
     assert message.startswith(f"MLflow at {uri} does not answer; ")
     assert " runs are kept in " in message
-    assert server.start(56600) == uri
+    assert server.start(port) == uri
     server.wait_until_ready()
     assert lab.versions() == []
     sent = [lab.client.get_run(run_id) for run_id in lab.answer("upload")["sent"]]
@@ -981,14 +1010,10 @@ def test_server_lost_on_the_way_costs_no_run(
         kill()
         return real_publish(*arguments)
 
-    # Lost again while the model is judged: nothing is registered, and it can be repeated.
+    # Lost again while the model is judged: nothing is registered.
     with lab.monkeypatch.context() as patched:
         patched.setattr(publish, "publish", lost)
         message = lab.error("register", candidate.info.run_id)
     assert message.startswith(f"MLflow at {uri} was lost")
     assert database.rows("select count(*) from model_versions") == [(0,)]
     assert lab.database.rows("select count(*) from ml.promotion_log") == [(0,)]
-    assert server.start(56600) == uri
-    server.wait_until_ready()
-    assert lab.answer("register", candidate.info.run_id)["promoted"]
-    assert lab.versions() == ["1"]
