@@ -50,11 +50,12 @@ def compare_runs(training: Training) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         raise TrainingError("there are no runs yet: python -m training run")
-    runs = [
-        run
-        for run in client.search_runs([experiment.experiment_id], max_results=1000)
-        if "plan" in run.data.tags and "candidate" in run.data.tags
-    ]
+    # The plan stands with parents and candidates; trials would fill the answer otherwise.
+    runs = client.search_runs(
+        [experiment.experiment_id],
+        "tags.candidate LIKE '%' AND tags.plan LIKE '%'",
+        max_results=1000,
+    )
     aliases = {
         found.run_id: f"{alias} (version {found.number})"
         for alias in (CHALLENGER, CHAMPION)

@@ -81,7 +81,7 @@ def facts(dsn: str, batches: int = 0) -> DataFacts:
     Raises:
         TrainingError: a table is missing or empty, or there are fewer batches.
     """
-    with closing(_connect(dsn)) as connection:
+    with closing(connect(dsn)) as connection:
         cursor = connection.cursor()
         _execute(
             cursor,
@@ -146,7 +146,7 @@ def read(
     """
     table = f"clean_data.diabetes_{split}"
     names = [str(feature["name"]) for feature in features]
-    with closing(_connect(dsn)) as connection:
+    with closing(connect(dsn)) as connection:
         cursor = connection.cursor()
         _check_columns(cursor, table, [*_KEYS, *names])
         where = [""]
@@ -200,7 +200,12 @@ def fit_encoder(train: Encounters, features: Sequence[Mapping[str, Any]]) -> Enc
     return Encoder([str(feature["name"]) for feature in features], vocabularies)
 
 
-def _connect(dsn: str) -> psycopg2.extensions.connection:
+def connect(dsn: str) -> psycopg2.extensions.connection:
+    """Connect to the data database.
+
+    Raises:
+        TrainingError: it does not answer.
+    """
     try:
         return psycopg2.connect(dsn)
     except psycopg2.Error as error:

@@ -15,6 +15,7 @@ import pandas as pd
 import psycopg2
 
 from training import evaluate
+from training.data import connect
 from training.errors import TrainingError
 from training.features import RAW_FIELDS
 from training.gates import Gate, worst_gap_growth
@@ -134,7 +135,7 @@ class Registry:
     def __init__(self, client: Any, dsn: str) -> None:
         self._client = client
         self._dsn = dsn
-        with closing(psycopg2.connect(dsn)) as connection, connection:
+        with closing(connect(dsn)) as connection, connection:
             # Two trainings that start at once must not both create.
             connection.cursor().execute("select pg_advisory_xact_lock(130)")
             connection.cursor().execute(_TABLES)
@@ -217,7 +218,7 @@ class Registry:
         test: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a decision with its figures to `ml.promotion_log`."""
-        with closing(psycopg2.connect(self._dsn)) as connection, connection:
+        with closing(connect(self._dsn)) as connection, connection:
             connection.cursor().execute(
                 "insert into ml.promotion_log (action, model, version, champion_before, "
                 "decided_by, reason, candidate, run_id, data_sha, feature_sha256, gates, "
@@ -241,7 +242,7 @@ class Registry:
 
     def former_champion(self) -> str | None:
         """The version that was champion before the present one came; None where none was."""
-        with closing(psycopg2.connect(self._dsn)) as connection:
+        with closing(connect(self._dsn)) as connection:
             cursor = connection.cursor()
             cursor.execute(
                 "select champion_before from ml.promotion_log where model = %s and action in "
@@ -258,7 +259,7 @@ class Registry:
         nor other feature SQL changes what is compared. Where real encounters have replaced
         synthetic ones (or the reverse) they are frozen anew: nothing of the old could be used.
         """
-        with closing(psycopg2.connect(self._dsn)) as connection, connection:
+        with closing(connect(self._dsn)) as connection, connection:
             cursor = connection.cursor()
             cursor.execute("lock table ml.frozen_validation in share row exclusive mode")
             cursor.execute("select bool_or(is_synthetic) from ml.frozen_validation")
@@ -269,7 +270,7 @@ class Registry:
 
     def freeze(self, is_synthetic: bool) -> int:
         """Freeze the present validation encounters anew and return how many there are."""
-        with closing(psycopg2.connect(self._dsn)) as connection, connection:
+        with closing(connect(self._dsn)) as connection, connection:
             return self._freeze(connection.cursor(), is_synthetic)
 
     def _freeze(self, cursor: psycopg2.extensions.cursor, is_synthetic: bool) -> int:
