@@ -11,6 +11,7 @@ from settings import Settings
 from training import data, gates
 from training.errors import TrainingError
 from training.pipeline import EXPERIMENT, Training
+from training.publish import gates_as_tags
 from training.registry import CHALLENGER, CHAMPION, MODEL, Registry, compare
 from training.tracking import Tracker, download
 
@@ -138,7 +139,11 @@ def promote(training: Training, number: str, override_leak: bool) -> dict[str, A
     reason = f"gates not passed: {', '.join(failed)}" if failed else "every gate was passed"
     if not failed:
         registry.crown(version)
-        registry.tag(version, {"decision": "promoted", "decision_reason": reason})
+    registry.tag(
+        version,
+        gates_as_tags([gate.as_dict() for gate in judged])
+        | {"decision": "blocked" if failed else "promoted", "decision_reason": reason},
+    )
     registry.log(
         "blocked" if failed else "promoted",
         version,
@@ -169,6 +174,7 @@ def rollback(training: Training, to: str, reason: str) -> dict[str, Any]:
     if champion and champion.number == version.number:
         raise TrainingError(f"version {target} of {MODEL} is the champion already")
     registry.crown(version)
+    registry.tag(version, {"decision": "rolled back", "decision_reason": reason})
     registry.log(
         "rolled back",
         version,

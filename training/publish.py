@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,13 @@ def figures_as_tags(facts: Mapping[str, Any]) -> dict[str, str]:
             for name, found in report["metrics"].items():
                 tags[f"{split}_{name}"] = f"{found['value']:.6f}"
             tags[f"{split}_policy"] = json.dumps(report["policy"])
-    for gate in facts["gates"]:
+    return tags | gates_as_tags(facts["gates"])
+
+
+def gates_as_tags(judged: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What each gate said, as tags of a version."""
+    tags = {}
+    for gate in judged:
         value = "" if gate["value"] is None else f" ({gate['value']:.5f})"
         name = "".join(letter if letter.isalnum() else "_" for letter in gate["name"])
         tags[f"gate_{name}"] = f"{'passed' if gate['passed'] else 'FAILED'}{value}"

@@ -671,6 +671,8 @@ def test_rollback_returns_to_the_former_champion_and_is_logged(lab: Lab, promote
     second = lab.adopt(promoted.answer["run_id"], promoted.version).number
     assert lab.answer(*nobody) == {"version": first, "replaced": second}
     assert lab.alias("champion") == first
+    tags = lab.registry.require(first).tags
+    assert (tags["decision"], tags["decision_reason"]) == ("rolled back", "complaints")
     entry = lab.log()[-1]
     assert (entry["action"], entry["version"], entry["champion_before"], entry["reason"]) == (
         "rolled back", first, second, "complaints",
@@ -689,6 +691,9 @@ def test_promote_asks_the_gates_against_the_champion(lab: Lab, promoted: Trained
     assert message == f"version {first} was not promoted: gates not passed: no suspected leak"
     assert lab.alias("champion") == second
     assert lab.log()[-1]["action"] == "blocked"
+    tags = lab.registry.require(first).tags
+    assert tags["decision"] == "blocked"
+    assert tags["gate_no_suspected_leak"].startswith("FAILED")
     answer = lab.answer("promote", first, "--decided-by", "Ada", "--override-leak")
     assert answer == {"version": first, "promoted": True, "reason": "every gate was passed"}
     assert lab.alias("champion") == first
