@@ -62,17 +62,17 @@ class Fake:
         return {"scale": parameters["scale"]}, {**parameters, "trees": len(self.fits)}
 
     def save(self, model: Any, folder: Path) -> None:
-        raise NotImplementedError
+        raise AssertionError("search calls only fit and margin")
 
     def load(self, folder: Path) -> Any:
-        raise NotImplementedError
+        raise AssertionError("search calls only fit and margin")
 
     def margin(self, model: Any, matrix: Matrix) -> Matrix:
         margin: Matrix = model["scale"] * matrix[:, 0] - 1
         return margin
 
     def contributions(self, model: Any, matrix: Matrix) -> Matrix:
-        raise NotImplementedError
+        raise AssertionError("search calls only fit and margin")
 
 
 def searched(fake: Fake, trials: int = 12, seed: int = 130) -> tuple[Best, list[Trial]]:
