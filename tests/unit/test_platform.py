@@ -13,6 +13,12 @@ from services.platform import Platform
 from settings import PUBLISHER_URL, Settings
 
 
+@pytest.fixture
+def state(reachable_tmp: Path) -> Path:
+    """A state folder that PostgreSQL's user can enter, or a copy of the wheel would be made."""
+    return reachable_tmp / "platform-unit"
+
+
 def platform(
     state: Path, monkeypatch: pytest.MonkeyPatch, source: str, loaded: set[str], reachable: bool
 ) -> Platform:
@@ -28,35 +34,35 @@ def platform(
 
 
 def test_publisher_out_of_reach_means_synthetic_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    state: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chosen = platform(tmp_path, monkeypatch, PUBLISHER_URL, set(), reachable=False)
+    chosen = platform(state, monkeypatch, PUBLISHER_URL, set(), reachable=False)
     with caplog.at_level(logging.WARNING):
         assert chosen._available_source() == "synthetic"
     assert "SYNTHETIC" in caplog.text
 
 
 def test_publisher_out_of_reach_never_replaces_real_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = platform(tmp_path, monkeypatch, PUBLISHER_URL, {"real"}, reachable=False)
+    chosen = platform(state, monkeypatch, PUBLISHER_URL, {"real"}, reachable=False)
     with pytest.raises(IngestionError, match="nothing was changed"):
         chosen._available_source()
 
 
 def test_a_source_of_ones_own_is_never_replaced_by_synthetic(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = platform(tmp_path, monkeypatch, "https://host/data.zip", set(), reachable=False)
+    chosen = platform(state, monkeypatch, "https://host/data.zip", set(), reachable=False)
     with pytest.raises(SourceUnreachableError):
         chosen._available_source()
 
 
 @pytest.mark.parametrize("source", [PUBLISHER_URL, "synthetic", "synthetic:10:1"])
 def test_source_that_is_there_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+    state: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    chosen = platform(tmp_path, monkeypatch, source, set(), reachable=True)
+    chosen = platform(state, monkeypatch, source, set(), reachable=True)
     assert chosen._available_source() == source
 
 
@@ -71,11 +77,11 @@ def test_source_that_is_there_is_taken(
     ],
 )
 def test_only_synthetic_data_are_replaced_unasked(
-    tmp_path: Path,
+    state: Path,
     monkeypatch: pytest.MonkeyPatch,
     source: str,
     loaded: set[str],
     replaces: bool,
 ) -> None:
-    chosen = platform(tmp_path, monkeypatch, source, loaded, reachable=True)
+    chosen = platform(state, monkeypatch, source, loaded, reachable=True)
     assert chosen._replaces_synthetic(source) is replaces
