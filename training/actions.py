@@ -12,7 +12,7 @@ from training import data, gates
 from training.errors import TrainingError
 from training.pipeline import EXPERIMENT, Training
 from training.publish import gates_as_tags
-from training.registry import CHALLENGER, CHAMPION, MODEL, Registry, compare
+from training.registry import CHALLENGER, CHAMPION, MODEL, Registry
 from training.tracking import Tracker, download
 
 SHOWN = ("validation_auroc", "validation_auprc", "validation_log_loss", "test_auroc")
@@ -46,7 +46,7 @@ def open_tracker(uri: str, state: Path) -> Tracker:
 
 
 def compare_runs(training: Training) -> str:
-    """The candidates' runs of the experiment as a table, judged ones first, then by log loss."""
+    """The candidates' runs of the experiment as a table, the lowest log loss first."""
     client = training.tracker.client()
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
@@ -118,16 +118,11 @@ def promote(training: Training, number: str, override_leak: bool) -> dict[str, A
                     f"promoted: {answer['reason']}"
                 )
             return answer
-        comparison = None
         synthetic = version.tags["is_synthetic"]
-        if champion and champion.tags["is_synthetic"] == synthetic:
-            comparison = compare(
-                registry.scorer(version, folder / "challenger"),
-                registry.scorer(champion, folder / "champion"),
-                champion.number,
-                registry.frozen_validation(synthetic == "True"),
-                int(stored["seed"]),
-            )
+        scorer = registry.scorer(version, folder / "challenger")
+        comparison = registry.against(
+            champion, scorer, synthetic == "True", int(stored["seed"]), folder / "champion"
+        )
     judged = gates.judge(
         stored["validation"],
         stored["behaviour"],
@@ -135,17 +130,17 @@ def promote(training: Training, number: str, override_leak: bool) -> dict[str, A
         leak_override=training.decided_by if override_leak else "",
         replaces_real=gates.replaces_real(synthetic, champion.tags if champion else {}),
     )
-    failed = [gate.name for gate in judged if not gate.passed]
-    reason = f"gates not passed: {', '.join(failed)}" if failed else "every gate was passed"
-    if not failed:
+    promoted, reason = gates.verdict(judged)
+    action = "promoted" if promoted else "blocked"
+    if promoted:
         registry.crown(version)
     registry.tag(
         version,
         gates_as_tags([gate.as_dict() for gate in judged])
-        | {"decision": "blocked" if failed else "promoted", "decision_reason": reason},
+        | {"decision": action, "decision_reason": reason},
     )
     registry.log(
-        "blocked" if failed else "promoted",
+        action,
         version,
         champion_before=champion.number if champion else None,
         decided_by=training.decided_by,
@@ -154,7 +149,7 @@ def promote(training: Training, number: str, override_leak: bool) -> dict[str, A
         validation=stored["validation"],
         test=stored["test"],
     )
-    if failed:
+    if not promoted:
         raise TrainingError(f"version {number} was not promoted: {reason}")
     return {"version": number, "promoted": True, "reason": reason}
 

@@ -76,6 +76,15 @@ def judge(
     return gates + _against_champion(comparison)
 
 
+def verdict(judged: Sequence[Gate]) -> tuple[bool, str]:
+    """Whether every gate was passed, and what to say of it."""
+    failed = [gate.name for gate in judged if not gate.passed]
+    return (
+        not failed,
+        f"gates not passed: {', '.join(failed)}" if failed else "every gate was passed",
+    )
+
+
 def replaces_real(is_synthetic: str, champion_tags: Mapping[str, str]) -> bool:
     """Whether a model of synthetic encounters would take the place of one of real ones.
 

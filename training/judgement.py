@@ -18,7 +18,7 @@ from training.data import Encounters
 from training.inference import Encoder, Matrix, Scorer
 from training.metrics import fit_line
 from training.plan import Spec, facts_of, tags
-from training.registry import CHAMPION, MODEL, RawEncounters, Registry, compare
+from training.registry import CHAMPION, MODEL, RawEncounters, Registry
 from training.search import out_of_fold
 from training.tracking import download, write_json
 
@@ -85,9 +85,9 @@ class Judgement:
         validation = self._report("validation", self._validation, probability, scorer)
         raw = self._registry.frozen_validation(self._facts.is_synthetic)
         behaviour = self._behaviour(scorer, raw)
-        judged = self._gates(scorer, raw, validation, behaviour, override_by)
-        failed = [gate.name for gate in judged if not gate.passed]
-        test = None if failed else self._test(scorer)
+        judged = self._gates(scorer, validation, behaviour, override_by)
+        promoted, reason = gates.verdict(judged)
+        test = self._test(scorer) if promoted else None
         self._complete(scorer, probability, validation, test, raw)
         shares = scorer.contributions(matrix[:SHAP_ROWS])[:, :-1]
         facts = self._provenance(scorer) | {
@@ -97,10 +97,8 @@ class Judgement:
             "behaviour": behaviour,
             "gates": [gate.as_dict() for gate in judged],
             "decision": {
-                "promoted": not failed,
-                "reason": f"gates not passed: {', '.join(failed)}"
-                if failed
-                else "every gate was passed",
+                "promoted": promoted,
+                "reason": reason,
                 "by": override_by or decided_by,
             },
             "top_features": evaluate.top_features(scorer.feature_names, shares),
@@ -194,22 +192,20 @@ class Judgement:
     def _gates(
         self,
         scorer: Scorer,
-        raw: RawEncounters,
         validation: Mapping[str, Any],
         behaviour: Sequence[Mapping[str, Any]],
         override_by: str,
     ) -> list[gates.Gate]:
-        champion, comparison = self._champion, None
-        synthetic = str(self._facts.is_synthetic)
-        if champion and champion.tags.get("is_synthetic") == synthetic:
-            reigning = self._registry.scorer(champion, self._folder / "champion")
-            comparison = compare(scorer, reigning, champion.number, raw, self._spec.seed)
+        champion, synthetic = self._champion, self._facts.is_synthetic
+        comparison = self._registry.against(
+            champion, scorer, synthetic, self._spec.seed, self._folder / "champion"
+        )
         return gates.judge(
             validation,
             behaviour,
             comparison,
             leak_override=override_by,
-            replaces_real=gates.replaces_real(synthetic, champion.tags if champion else {}),
+            replaces_real=gates.replaces_real(str(synthetic), champion.tags if champion else {}),
         )
 
     def _test(self, scorer: Scorer) -> dict[str, Any]:

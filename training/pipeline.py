@@ -236,10 +236,8 @@ class Training:
             return judgement.run(curve, self.decided_by, self.override_by)
 
     def close(self, plan: Mapping[str, Any], succeeded: bool) -> None:
-        """End the parent run."""
-        if plan["parent"]:
-            client = self.tracker.client()
-            client.set_terminated(plan["parent"], "FINISHED" if succeeded else "FAILED")
+        """End the parent run; where MLflow is away, keep a note to do so."""
+        self.tracker.close(plan["parent"], "FINISHED" if succeeded else "FAILED")
 
     def run(self, spec: Spec, *, learning_curve: bool = True) -> dict[str, Any]:
         """All steps in this process; see `judge` for what is returned."""
@@ -255,7 +253,7 @@ class Training:
             succeeded = True
             return answer
         finally:
-            self.tracker.close(plan["parent"], "FINISHED" if succeeded else "FAILED")
+            self.close(plan, succeeded)
 
     def register(self, run_id: str) -> dict[str, Any]:
         """Judge a run that a search left, e.g. one that was uploaded or that lost to another."""
@@ -263,22 +261,22 @@ class Training:
 
         client = self.tracker.client()
         try:
-            tags = client.get_run(run_id).data.tags
+            stored = client.get_run(run_id).data.tags
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise TrainingError(f"MLflow has no run {run_id}") from error
-        if "candidate" not in tags or "plan" not in tags:
+        if "candidate" not in stored or "plan" not in stored:
             raise TrainingError(f"run {run_id} holds no candidate; give the run of a candidate")
-        plan = json.loads(tags["plan"])
+        plan = json.loads(stored["plan"])
         now = data.facts(self.dsn, plan["facts"]["batches"])
         if now.sha != plan["facts"]["sha"]:
             raise TrainingError(
                 f"run {run_id} learnt from data {plan['facts']['sha']}, clean_data now holds "
                 f"{now.sha}; train anew"
             )
-        plan["parent"] = tags["mlflow.parentRunId"]
-        return self.judge(plan, {"candidate": tags["candidate"], "run_id": run_id})
+        plan["parent"] = stored["mlflow.parentRunId"]
+        return self.judge(plan, {"candidate": stored["candidate"], "run_id": run_id})
 
     # --- parts -------------------------------------------------------------------------------
 

@@ -193,6 +193,28 @@ class Registry:
         self._client.set_registered_model_alias(MODEL, CHALLENGER, version.number)
         return version
 
+    def against(
+        self, champion: Version | None, scorer: Scorer, is_synthetic: bool, seed: int, folder: Path
+    ) -> dict[str, Any] | None:
+        """Compare a model with the champion on the frozen validation set, see `compare`.
+
+        Args:
+            champion: the present one.
+            scorer: the model that would take its place.
+            is_synthetic: whether that one learnt from synthetic encounters.
+            seed: of the bootstrap.
+            folder: where the champion is downloaded to.
+
+        Returns:
+            The comparison; None where there is no champion, or one of another kind of encounters.
+        """
+        if champion is None or champion.tags.get("is_synthetic") != str(is_synthetic):
+            return None
+        reigning = self.scorer(champion, folder)
+        return compare(
+            scorer, reigning, champion.number, self.frozen_validation(is_synthetic), seed
+        )
+
     def crown(self, version: Version) -> None:
         """Make a version the champion; it is the challenger no longer."""
         self._client.set_registered_model_alias(MODEL, CHAMPION, version.number)
@@ -241,16 +263,24 @@ class Registry:
             )
 
     def former_champion(self) -> str | None:
-        """The version that was champion before the present one came; None where none was."""
+        """The version that was champion before the present one came; None where none was.
+
+        What was rolled back from does not count: rolling back twice goes back two champions.
+        """
         with closing(connect(self._dsn)) as connection:
             cursor = connection.cursor()
             cursor.execute(
-                "select champion_before from ml.promotion_log where model = %s and action in "
-                "('promoted', 'rolled back') order by decision_id desc limit 1",
+                "select action, version from ml.promotion_log where model = %s and action in "
+                "('promoted', 'rolled back') order by decision_id",
                 (MODEL,),
             )
-            found = cursor.fetchone()
-        return str(found[0]) if found and found[0] else None
+            decisions = cursor.fetchall()
+        reigns: list[str] = []
+        for action, version in decisions:
+            if action == "rolled back" and version in reigns:
+                del reigns[reigns.index(version) :]
+            reigns.append(version)
+        return reigns[-2] if len(reigns) > 1 else None
 
     def frozen_validation(self, is_synthetic: bool) -> RawEncounters:
         """The validation encounters on which champion and challenger are compared.

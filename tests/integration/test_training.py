@@ -677,6 +677,8 @@ def test_rollback_returns_to_the_former_champion_and_is_logged(lab: Lab, promote
     assert (entry["action"], entry["version"], entry["champion_before"], entry["reason"]) == (
         "rolled back", first, second, "complaints",
     )  # fmt: skip
+    # Once more would go further back, not forth to the version that drew complaints.
+    assert "has had no champion before" in lab.error(*nobody)
     assert "is the champion already" in lab.error(*nobody, "--to", first)
     assert "has no version 99" in lab.error(*nobody, "--to", "99")
     assert lab.answer(*nobody, "--to", second)["version"] == second
