@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -16,7 +15,7 @@ from psycopg2 import sql
 from bench.errors import BenchError
 from bench.figures import Sample
 from bench.server import stop_and_remove
-from bench.usage import cpu_seconds, postgres_cpu_seconds
+from bench.usage import cpu_seconds, postgres_cpu_seconds, sampled
 from services import processes
 from services.airflow import COMPONENTS, Airflow
 from services.platform import DAG_ID, TRAINING_DAG_ID, Platform
@@ -94,7 +93,7 @@ def _run(airflow: Airflow, state: Path, data: Path, csv: Path, rows: int, job: s
     cpu = cpu_seconds(processes.find(state, *COMPONENTS))
     postgres_cpu = postgres_cpu_seconds(data)
     failed, removed = [], []
-    with _peak_memory(state) as peak:
+    with sampled(lambda: _memory_mib(state), _SAMPLE_SECONDS) as peak:
         begin = time.perf_counter()
         run_id = airflow.trigger(DAG_ID, {"source": str(csv), "full_refresh": False})
         for task in airflow.follow(DAG_ID, run_id, _TIMEOUT_SECONDS):
@@ -122,26 +121,9 @@ def _run(airflow: Airflow, state: Path, data: Path, csv: Path, rows: int, job: s
     )
 
 
-@contextmanager
-def _peak_memory(state: Path) -> Iterator[list[float]]:
-    """Collect the memory (MiB) of all Airflow processes together while the block runs.
-
-    It is their proportional set size: pages that processes share count once.
-    """
-    found: list[float] = []
-    done = threading.Event()
-
-    def sample() -> None:
-        while not done.wait(_SAMPLE_SECONDS):
-            found.append(sum(map(_pss_bytes, processes.find(state, *COMPONENTS))) / (1 << 20))
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
+def _memory_mib(state: Path) -> float:
+    """Memory of all Airflow processes together: pages that they share count once."""
+    return sum(map(_pss_bytes, processes.find(state, *COMPONENTS))) / (1 << 20)
 
 
 def _pss_bytes(process: psutil.Process) -> int:

@@ -14,10 +14,9 @@ import logging
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import psutil
 from bench.dag import running_platform
 from bench.errors import BenchError
 from bench.report import cpu_model, usable_cores
-from bench.usage import own_peak_mib, run
+from bench.usage import own_peak_mib, run, sampled
 from services import processes
 from services.airflow import Airflow
 from services.platform import DAG_ID, TRAINING_DAG_ID
@@ -78,27 +77,13 @@ def single(candidate: str) -> dict[str, float]:
     return {"wall": time.perf_counter() - begin, "peak_mib": own_peak_mib(), **metrics}
 
 
-@contextmanager
-def _largest_worker(state: Path) -> Iterator[list[float]]:
-    """Resident memory (MiB) of the largest process of a task while the block runs."""
-    found = [0.0]
-    done = threading.Event()
-
-    def sample() -> None:
-        while not done.wait(_SAMPLE_SECONDS):
-            for process in processes.find(state, "scheduler"):
-                try:
-                    found.append(process.memory_info().rss / (1 << 20))
-                except psutil.Error:
-                    continue  # ended meanwhile
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
+def _largest_worker(state: Path) -> float:
+    """Resident memory (MiB) of the largest process of a task."""
+    largest = 0.0
+    for process in processes.find(state, "scheduler"):
+        with suppress(psutil.Error):  # it may end meanwhile
+            largest = max(largest, process.memory_info().rss / (1 << 20))
+    return largest
 
 
 def _train_by_dag(state: Path, airflow: Airflow, csv: Path) -> dict[str, Any]:
@@ -107,7 +92,7 @@ def _train_by_dag(state: Path, airflow: Airflow, csv: Path) -> dict[str, Any]:
     data_run = airflow.trigger(DAG_ID, {"source": str(csv), "full_refresh": False})
     for _ in airflow.follow(DAG_ID, data_run, _TIMEOUT):
         pass
-    with _largest_worker(state) as memory:
+    with sampled(lambda: _largest_worker(state), _SAMPLE_SECONDS) as memory:
         run_id = airflow.wait_for_scheduled_run(TRAINING_DAG_ID, known)
         tasks = [
             {"task": task.name, "seconds": task.seconds}
@@ -121,7 +106,7 @@ def _train_by_dag(state: Path, airflow: Airflow, csv: Path) -> dict[str, Any]:
     return {
         "dag_seconds": (end - begin).total_seconds(),
         "tasks": tasks,
-        "peak_mib": max(memory),
+        "peak_mib": max(memory, default=0.0),
     }
 
 

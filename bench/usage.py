@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,25 @@ def own_peak_mib() -> float:
 
         return _mib_of_maxrss(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+@contextmanager
+def sampled(measure: Callable[[], float], seconds: float) -> Iterator[list[float]]:
+    """Collect what `measure` says, again and again, while the block runs."""
+    found: list[float] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(seconds):
+            found.append(measure())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
 
 
 def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
