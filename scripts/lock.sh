@@ -6,7 +6,7 @@ usage() {
     cat <<'TEXT'
 Usage: scripts/lock.sh [--upgrade]
 
-Writes requirements/{uv,pipeline,training,dev}.txt with exact versions and hashes, wheels only, no index
+Writes requirements/{uv,pipeline,training,serving,ui,dev}.txt with exact versions and hashes, wheels only, no index
 addresses. Keeps the versions that stand there unless --upgrade is given.
 TEXT
 }
@@ -28,7 +28,7 @@ compile() {
 
 compile --group pyproject.toml:dev --output-file requirements/dev.txt
 # The smaller files take the versions of the largest, so that all fit into one environment.
-for group in pipeline training; do
+for group in pipeline training serving ui; do
     compile --group "pyproject.toml:$group" --constraint requirements/dev.txt \
         --output-file "requirements/$group.txt"
 done

@@ -6,16 +6,16 @@ usage() {
     cat <<'TEXT'
 Usage: scripts/setup.sh [GROUP...]
 
-Installs requirements/GROUP.txt of each group (pipeline, training or dev; without any: pipeline and
-training, what `make run` needs) into .venv. PYTHON names the interpreter to use; it has to be Python 3.11.
+Installs requirements/GROUP.txt of each group (pipeline, training, serving, ui or dev; without any:
+all but dev, what `make run` needs) into .venv. PYTHON names the interpreter to use; it has to be Python 3.11.
 TEXT
 }
 
-[ $# -gt 0 ] || set -- pipeline training
+[ $# -gt 0 ] || set -- pipeline training serving ui
 locks=()
 for group in "$@"; do
     case "$group" in
-        pipeline | training | dev) locks+=("requirements/$group.txt") ;;
+        pipeline | training | serving | ui | dev) locks+=("requirements/$group.txt") ;;
         -h | --help) usage; exit 0 ;;
         *) usage >&2; exit 2 ;;
     esac

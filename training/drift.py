@@ -25,7 +25,8 @@ def reference(
 
     Returns:
         `features` by name and `score`, each with `edges` (inner bounds; a value equal to a bound
-        belongs to the bin above) or `levels`, and with `shares` that add up to 1, and `rows`.
+        belongs to the bin above) or `levels`, and with `shares` that add up to 1, `percentiles`
+        (101 scores, the lowest and the highest included: the place of one among all), and `rows`.
     """
     return {
         "rows": len(frame),
@@ -36,6 +37,7 @@ def reference(
             for feature in features
         },
         "score": _bins(scores),
+        "percentiles": np.quantile(scores, np.linspace(0, 1, 101)).tolist(),
     }
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from training.data import Encounters
 from training.inference import Matrix
-from training.metrics import RESAMPLES, Scores, with_intervals
+from training.metrics import RESAMPLES, Scores, calibration_bins, with_intervals
 
 ALERT_RATES = (0.1, 0.2)
 """Shares of encounters that a team can look after; thresholds follow from them."""
@@ -70,6 +70,7 @@ def report(
             dimensions(encounters.features), encounters.target, probability, thresholds
         ),
         "policy": policy(encounters.target, probability, thresholds),
+        "calibration": calibration_bins(encounters.target, probability),
     }
 
 

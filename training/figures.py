@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from training.metrics import ECE_BINS, Scores
+from training.metrics import Scores, calibration_bins
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,14 +39,11 @@ _MOST_TICKS = 8
 
 def calibration(target: Target, probability: Floats) -> Figure:
     """Reliability diagram in ten bins of equal count above the histogram of probabilities."""
-    order = np.argsort(-probability, kind="stable")
-    bins = np.arange(len(target)) * ECE_BINS // len(target)
-    count = np.bincount(bins).astype(np.float64)
-    used = count > 0  # fewer encounters than bins leave some empty
-    count = count[used]
-    expected = np.bincount(bins, probability[order])[used] / count
-    observed = np.bincount(bins, target[order])[used] / count
-    low, high = _wilson(observed, count)
+    bins = calibration_bins(target, probability)
+    expected, observed, low, high = (
+        np.array([found[name] for found in bins])
+        for name in ("predicted", "observed", "low", "high")
+    )
     ece = Scores(target, probability).ece(np.ones(len(target)))
     # A rare outcome has most probabilities far from 1, where the diagram would be empty.
     reach = max(float(np.quantile(probability, 0.99)), float(high.max()), 0.02)
@@ -460,15 +457,6 @@ def _cumulated(target: Target, probability: Floats) -> tuple[Floats, Floats]:
     hits = np.cumsum(target[order], dtype=np.float64)
     false = np.arange(1, len(target) + 1) - hits
     return np.append(0.0, hits[ends]), np.append(0.0, false[ends])
-
-
-def _wilson(share: Floats, count: Floats) -> tuple[Floats, Floats]:
-    """95 % interval of a share (Wilson 1927)."""
-    z = 1.959964
-    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
-    # Rounding must not put a share outside its own interval.
-    return np.minimum(center - half, share), np.maximum(center + half, share)
 
 
 def _rank(values: Floats) -> Floats:

@@ -119,6 +119,35 @@ METRICS: Mapping[str, Callable[[Scores, Floats], float]] = {
 }
 
 
+def calibration_bins(target: npt.NDArray[np.int8], probability: Floats) -> list[dict[str, float]]:
+    """What was predicted and what was observed, in ten bins of equal count.
+
+    Returns:
+        For each bin, the highest risk first, the mean `predicted` probability, the `observed`
+        share with its 95 % interval (`low`, `high`), and its `rows`.
+    """
+    order = np.argsort(-probability, kind="stable")
+    bins = np.arange(len(target)) * ECE_BINS // len(target)
+    count = np.bincount(bins).astype(np.float64)
+    used = count > 0  # fewer encounters than bins leave some empty
+    count = count[used]
+    predicted = np.bincount(bins, probability[order])[used] / count
+    observed = np.bincount(bins, target[order])[used] / count
+    low, high = _wilson(observed, count)
+    columns = (predicted, observed, low, high, count)
+    names = ("predicted", "observed", "low", "high", "rows")
+    return [dict(zip(names, map(float, row), strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _wilson(share: Floats, count: Floats) -> tuple[Floats, Floats]:
+    """95 % interval of a share (Wilson 1927)."""
+    z = 1.959964
+    center = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
+    # Rounding must not put a share outside its own interval.
+    return np.minimum(center - half, share), np.maximum(center + half, share)
+
+
 def fit_line(
     log_odds: Floats, target: npt.NDArray[np.int8], weights: Floats | None = None
 ) -> tuple[float, float]:
