@@ -72,12 +72,42 @@ class Settings(BaseSettings):
         validation_alias="MLFLOW_TRACKING_URI",
         description="An MLflow server to use instead of starting one",
     )
+    mlflow_tracking_username: str = Field(
+        "", validation_alias="MLFLOW_TRACKING_USERNAME", description="Login there, if it asks"
+    )
+    mlflow_tracking_password: SecretStr = Field(
+        SecretStr(""), validation_alias="MLFLOW_TRACKING_PASSWORD", description="Its password"
+    )
     training_candidates: str = Field(
         "", description="Names of files in training/candidates, comma-separated; empty: all"
     )
     training_trials: int = Field(20, ge=1, description="Sets of hyper-parameters tried in all")
     training_seed: int = Field(130, ge=0, description="Of everything that training draws")
     training_threads: int = Field(2, ge=1, description="Threads of one training")
+    api_host: str = Field("127.0.0.1", description="Address that the prediction API listens on")
+    api_port: int = Field(8000, description="Preferred port of the prediction API")
+    api_key_hashes: str = Field(
+        "", description="name:SHA-256 of each accepted key, comma-separated; empty: no key is asked"
+    )
+    api_alias: str = Field("champion", description="Alias of the version that the API serves")
+    api_shadow: bool = Field(False, description="Let the challenger score the same requests")
+    api_alert_rate: float = Field(0.2, description="Alerts that a caller gets who names no rate")
+    api_poll_seconds: float = Field(10, gt=0, description="How often the API asks for the alias")
+    api_batch_workers: int = Field(2, ge=1, description="Processes that score batches")
+    api_most_requests: int = Field(128, ge=1, description="Requests served at once; more get 503")
+    api_timeout: float = Field(30, gt=0, description="Seconds a caller may take to send a body")
+    api_csv_limit_mib: int = Field(512, ge=1, description="Largest CSV that is accepted")
+    prediction_log: bool = Field(True, description="Write predictions to inference.predictions")
+    prediction_log_key: SecretStr = Field(
+        SecretStr(""), description="Key with which identifiers are hashed in the prediction log"
+    )
+    prediction_log_limit_mib: int = Field(
+        1024, ge=1, description="Predictions kept on disk while the database is away"
+    )
+    api_url: str = Field("http://127.0.0.1:8000", description="The API that the page talks to")
+    api_key: SecretStr = Field(SecretStr(""), description="The key with which the page asks")
+    ui_host: str = Field("127.0.0.1", description="Address that the page listens on")
+    ui_port: int = Field(8501, description="Preferred port of the page")
     run_timeout: int = Field(3600, description="Seconds `make run` waits for each DAG")
 
     @property

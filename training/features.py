@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import closing
 from decimal import Decimal
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from psycopg2.extensions import parse_dsn
 from ingestion.contract import FIELDS, Field
 from settings import PROJECT_ROOT
 from training.errors import TrainingError
+from training.inference import definition_sha256
 
 if TYPE_CHECKING:
     from sqlglot import exp
@@ -71,16 +71,13 @@ def read(dsn: str) -> dict[str, Any]:
     ]
     query = _query(nodes, chain, shipped, [feature["name"] for feature in features])
     tables = _tables(dsn, nodes, shipped)
-    lookups = {name: table for name, table in tables.items() if name != "int_statistics"}
-    identity = json.dumps([query, features, lookups], sort_keys=True)
+    definition = {"query": query, "features": features, "tables": tables}
     return {
         "fields": [
             {"name": field.name, "column": field.column, "kind": field.kind} for field in RAW_FIELDS
         ],
-        "features": features,
-        "query": query,
-        "tables": tables,
-        "sha256": sha256(identity.encode()).hexdigest(),
+        **definition,
+        "sha256": definition_sha256(definition),
     }
 
 

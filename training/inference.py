@@ -12,7 +12,10 @@ import json
 import math
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from hashlib import sha256
+from itertools import repeat
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +27,11 @@ Matrix = npt.NDArray[np.float64]
 
 _NOT_USED = frozenset({"encounter_id", "patient_nbr", "readmitted"})
 """Fields of the publisher's file that a caller may send and no model sees."""
+
+_MISSING = (None, "?", "")
+_PLAIN_TEXT = {str, type(None)}
+_PLAIN_NUMBERS = {int, str, type(None)}
+_END = 2**63  # of SQLite's integers
 
 
 class FeatureQuery:
@@ -58,7 +66,7 @@ class FeatureQuery:
             f"create table diabetes (encounter_id integer primary key, {', '.join(columns)})"
         )
 
-    def _insert(self, table: str, width: int, rows: Sequence[Sequence[Any]]) -> None:
+    def _insert(self, table: str, width: int, rows: Iterable[Sequence[Any]]) -> None:
         self._database.executemany(f"insert into {table} values ({', '.join('?' * width)})", rows)
 
     def rows(self, columns: Mapping[str, Sequence[Any]], count: int) -> list[tuple[Any, ...]]:
@@ -89,17 +97,27 @@ class FeatureQuery:
             try:
                 # The number of the row stands for encounter_id: it keeps the order, and no
                 # feature can come from an id that the model is never given.
-                self._insert("diabetes", self._width, list(zip(range(count), *parsed, strict=True)))
+                self._insert("diabetes", self._width, zip(range(count), *parsed, strict=True))
                 return [row[1:] for row in self._database.execute(self._query)]
             finally:
                 self._database.execute("delete from diabetes")
 
 
 def _parsed(field: Mapping[str, str], values: Sequence[Any]) -> list[Any]:
-    convert = str if field["kind"] in ("category", "icd9") else _integer
+    is_text = field["kind"] in ("category", "icd9")
+    types = set(map(type, values))
+    # Nearly all there is, in a tenth of the time: whole columns of what needs no second look.
+    if is_text and types <= _PLAIN_TEXT:
+        return [None if value in _MISSING else value for value in values]
+    if not is_text and types <= _PLAIN_NUMBERS:
+        with suppress(ValueError):
+            numbers = [None if value in _MISSING else int(value) for value in values]
+            if all(number is None or -_END < number < _END for number in numbers):
+                return numbers
+    convert = str if is_text else _integer
     parsed: list[Any] = []
     for row, value in enumerate(values):
-        if value is None or value == "?" or value == "" or value != value:
+        if value in _MISSING or value != value:
             parsed.append(None)
             continue
         try:
@@ -113,7 +131,7 @@ def _parsed(field: Mapping[str, str], values: Sequence[Any]) -> list[Any]:
 
 def _integer(value: Any) -> int:
     number = int(value)
-    if number != float(value) or abs(number) >= 2**63:  # SQLite's integers end there
+    if number != float(value) or abs(number) >= _END:
         raise ValueError(value)
     return number
 
@@ -140,8 +158,8 @@ class Encoder:
         encoded = np.empty((len(columns[0]), len(self.names)))
         for index, (name, values) in enumerate(zip(self.names, columns, strict=True)):
             if name in self._codes:
-                get = self._codes[name].get
-                encoded[:, index] = [get(value, math.nan) for value in values]
+                codes = map(self._codes[name].get, values, repeat(math.nan))
+                encoded[:, index] = np.fromiter(codes, np.float64, len(encoded))
             else:
                 encoded[:, index] = values
         return encoded
@@ -253,6 +271,15 @@ class Scorer:
 def sigmoid(log_odds: Matrix) -> Matrix:
     """Probability of log odds, without overflow for large ones."""
     return np.exp(-np.logaddexp(0.0, -log_odds))
+
+
+def definition_sha256(definition: Mapping[str, Any]) -> str:
+    """SHA-256 of all that determines a feature but the values of the fitted statistics."""
+    lookups = {
+        name: table for name, table in definition["tables"].items() if name != "int_statistics"
+    }
+    identity = json.dumps([definition["query"], definition["features"], lookups], sort_keys=True)
+    return sha256(identity.encode()).hexdigest()
 
 
 def load_module(path: Path) -> ModuleType:

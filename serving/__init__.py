@@ -1,0 +1,1 @@
+"""The registered model over HTTP: predictions, reasons, and what the model is."""

@@ -1,0 +1,193 @@
+"""What stands before every operation: load, keys, sizes, slow callers, headers, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Mapping
+from hashlib import sha256
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving import problems
+from serving.errors import ServingError
+from serving.telemetry import Telemetry
+
+BODY_LIMIT = 64 << 10
+JSON_BATCH_LIMIT = 32 << 20
+BATCH = "/v1/predict/batch"
+
+_GUARDED = "/v1/"
+_DOCS = ("/docs", "/redoc")
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+_CSP = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+# The model card is one page with its style and pictures inside; nothing of it is a script.
+_CARD_CSP = (
+    b"content-security-policy",
+    b"default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'",
+)
+CARD = "/v1/model/card"
+
+
+def read_keys(text: str) -> dict[str, str]:
+    """Names by SHA-256 of the keys that are accepted.
+
+    Args:
+        text: `name:sha256`, comma-separated.
+
+    Raises:
+        ServingError: an entry is something else.
+    """
+    keys = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, _, digest = entry.rpartition(":")
+        digest = digest.lower()
+        if not name or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise ServingError(
+                "DIABETES_API_KEY_HASHES: expected name:sha256 entries, comma-separated; make one "
+                "with python -m serving key NAME"
+            )
+        keys[digest] = name
+    return keys
+
+
+class Guard:
+    """ASGI middleware around the whole application.
+
+    Args:
+        app: what it guards.
+        telemetry: where requests are counted.
+        keys: names by SHA-256 of accepted keys; empty: no key is asked for.
+        most: requests served at once.
+        timeout: seconds a caller may take between two pieces of a body.
+        csv_limit: bytes of the largest CSV.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        telemetry: Telemetry,
+        keys: Mapping[str, str],
+        most: int,
+        timeout: float,
+        csv_limit: int,
+    ) -> None:
+        self._app = app
+        self._telemetry = telemetry
+        self._keys = keys
+        self._most = most
+        self._timeout = timeout
+        self._csv_limit = csv_limit
+        self._serving = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin = time.perf_counter()
+        status = 500
+        path = scope["path"]
+
+        async def send_guarded(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *_headers(path)]
+            await send(message)
+
+        self._serving += 1
+        self._telemetry.in_flight.set(self._serving)
+        try:
+            refusal = self._refusal(scope) if path.startswith(_GUARDED) else None
+            if refusal is not None:
+                await refusal(scope, receive, send_guarded)
+            else:
+                await self._app(scope, self._limited(scope, receive), send_guarded)
+        finally:
+            self._serving -= 1
+            self._telemetry.in_flight.set(self._serving)
+            # The template, not the path: a caller could make up any number of those.
+            route = getattr(scope.get("route"), "path", "none")
+            self._telemetry.requests.labels(route, _method(scope), str(status)).inc()
+            self._telemetry.seconds.labels(route).observe(time.perf_counter() - begin)
+
+    def _refusal(self, scope: Scope) -> ASGIApp | None:
+        if self._serving > self._most:
+            self._telemetry.shed.inc()
+            return problems.response(
+                503,
+                f"{self._most} requests are being served; try again in a second",
+                headers={"Retry-After": "1"},
+            )
+        headers = dict(scope["headers"])
+        if self._keys and not self._known(headers):
+            return problems.response(
+                401,
+                "a key is needed in the header X-API-Key; ask those who run the service",
+                headers={"WWW-Authenticate": "ApiKey"},
+            )
+        length = headers.get(b"content-length", b"0")
+        limit = self._limit(scope, headers)
+        if length.isdigit() and int(length) > limit:
+            return problems.response(413, _too_large(limit), headers={"Connection": "close"})
+        return None
+
+    def _known(self, headers: Mapping[bytes, bytes]) -> bool:
+        digest = sha256(headers.get(b"x-api-key", b"")).hexdigest()
+        # In constant time: how long it takes tells nothing of a key.
+        return any(hmac.compare_digest(digest, known) for known in self._keys)
+
+    def _limit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> int:
+        if scope["path"] != BATCH:
+            return BODY_LIMIT
+        is_csv = headers.get(b"content-type", b"").startswith(b"text/csv")
+        return self._csv_limit if is_csv else JSON_BATCH_LIMIT
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        limit = self._limit(scope, dict(scope["headers"]))
+        received = 0
+        complete = False
+
+        async def receive_limited() -> Message:
+            nonlocal received, complete
+            if complete:  # what comes now is the end of the connection, however late
+                return await receive()
+            try:
+                async with asyncio.timeout(self._timeout):
+                    message = await receive()
+            except TimeoutError:
+                raise problems.ProblemError(
+                    408,
+                    f"nothing came for {self._timeout:g} s; send the body without a pause",
+                    headers={"Connection": "close"},
+                ) from None
+            received += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if received > limit:
+                raise problems.ProblemError(413, _too_large(limit), headers={"Connection": "close"})
+            return message
+
+        return receive_limited
+
+
+def _headers(path: str) -> tuple[tuple[bytes, bytes], ...]:
+    if path.startswith(_DOCS):  # FastAPI's page loads its script from elsewhere
+        return _HEADERS
+    return (*_HEADERS, _CARD_CSP if path == CARD else _CSP)
+
+
+def _method(scope: Scope) -> str:
+    known = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH")
+    return scope["method"] if scope["method"] in known else "other"
+
+
+def _too_large(limit: int) -> str:
+    said = f"{limit >> 20} MiB" if limit >> 20 else f"{limit >> 10} KiB"
+    return f"the body is larger than {said}; send less at once, many encounters as CSV"

@@ -1,0 +1,67 @@
+"""The challenger in the shadow of single requests: scored a little later, by the batch workers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import uuid_utils
+
+from serving import batch
+from serving.telemetry import Telemetry
+
+_SECONDS = 0.5
+_MOST_WAITING = 20_000
+
+log = logging.getLogger(__name__)
+
+
+class Shadow:
+    """Collects what was asked and has it scored, unseen by who asked.
+
+    Args:
+        workers: who scores.
+        telemetry: where it is counted what was left out.
+    """
+
+    def __init__(self, workers: batch.Workers, telemetry: Telemetry) -> None:
+        self._workers = workers
+        self._telemetry = telemetry
+        self._waiting: list[dict[str, Any]] = []
+        self._job: batch.Job | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to score."""
+        self._task = asyncio.create_task(self._work())
+
+    def add(self, job: batch.Job, encounter: dict[str, Any]) -> None:
+        """Have one encounter scored by the challenger; it is left out if too many wait."""
+        if len(self._waiting) >= _MOST_WAITING:
+            self._telemetry.shadow_dropped.inc()
+            return
+        self._job = job
+        self._waiting.append(encounter)
+
+    async def close(self) -> None:
+        """Score what waits, and stop."""
+        if self._task:
+            self._task.cancel()
+        await self._flush()
+
+    async def _work(self) -> None:
+        while True:
+            await asyncio.sleep(_SECONDS)
+            await self._flush()
+
+    async def _flush(self) -> None:
+        if not self._waiting or self._job is None:
+            return
+        waiting, self._waiting = self._waiting, []
+        ids = [str(uuid_utils.uuid7()) for _ in waiting]
+        try:
+            await self._workers.run(batch.score_shadow, self._job, waiting, ids)
+        except Exception:
+            log.exception("the challenger scored nothing of %d requests", len(waiting))
+            self._telemetry.shadow_dropped.inc(len(waiting))

@@ -1,0 +1,150 @@
+"""Metrics of the service, named and measured as Prometheus asks; no label can grow without end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serving.model import Floats
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SCORES = np.array([0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75])
+_VERSIONS = 5
+"""Versions that are told apart at once; the oldest is forgotten."""
+
+
+class Scores(Collector):
+    """Distribution of the probabilities by model version; takes whole batches at a time."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
+        self._sums: dict[str, float] = {}
+
+    def add(self, version: str, scores: Floats) -> None:
+        """Count probabilities that a version answered."""
+        if version not in self._counts:
+            if len(self._counts) >= _VERSIONS:
+                oldest = next(iter(self._counts))
+                del self._counts[oldest], self._sums[oldest]
+            self._counts[version] = np.zeros(len(_SCORES) + 1, np.int64)
+            self._sums[version] = 0.0
+        bins = np.searchsorted(_SCORES, scores, side="left")
+        self._counts[version] += np.bincount(bins, minlength=len(_SCORES) + 1)
+        self._sums[version] += float(scores.sum())
+
+    def collect(self) -> Iterator[Metric]:
+        """As a histogram; its count is the number of predictions."""
+        family = HistogramMetricFamily(
+            "prediction_probability",
+            "Predicted probabilities of readmission within 30 days",
+            labels=["model_version"],
+        )
+        for version, counts in list(self._counts.items()):
+            bounds = [*map(str, _SCORES.tolist()), "+Inf"]
+            buckets = list(zip(bounds, np.cumsum(counts).astype(float).tolist(), strict=True))
+            family.add_metric([version], buckets, self._sums[version])
+        yield family
+
+
+class Values(Collector):
+    """Gauges that are read when they are asked for.
+
+    Args:
+        read: gives (name, help, value) of each.
+    """
+
+    def __init__(self, read: Callable[[], list[tuple[str, str, float]]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """One gauge each."""
+        for name, text, value in self._read():
+            yield GaugeMetricFamily(name, text, value=value)
+
+
+class Telemetry:
+    """All metrics of one service."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "http_requests_total",
+            "Requests by route and status",
+            ["route", "method", "status"],
+            registry=self.registry,
+        )
+        self.seconds = Histogram(
+            "http_request_duration_seconds",
+            "From a request's head to the end of its answer",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "http_requests_in_flight", "Requests being served", registry=self.registry
+        )
+        self.shed = Counter(
+            "http_requests_shed_total",
+            "Requests refused because too many were being served",
+            registry=self.registry,
+        )
+        self.scores = Scores()
+        self.registry.register(self.scores)
+        self.rows = Counter(
+            "prediction_rows_total",
+            "Encounters by how they came and what became of them",
+            ["source", "result"],
+            registry=self.registry,
+        )
+        self.model = Gauge(
+            "model_info",
+            "1 for the version that an alias serves",
+            ["alias", "model_version", "feature_sha256", "source"],
+            registry=self.registry,
+        )
+        self.loaded = Gauge(
+            "model_loaded_timestamp_seconds",
+            "When the version that is served took over",
+            ["alias"],
+            registry=self.registry,
+        )
+        self.outcomes = Counter(
+            "model_loads_total",
+            "Versions tried, by result: swapped, refused (self-test), failed (download)",
+            ["alias", "result"],
+            registry=self.registry,
+        )
+        self.logged = Counter(
+            "prediction_log_rows_total",
+            "Predictions written to inference.predictions",
+            registry=self.registry,
+        )
+        self.log_seconds = Histogram(
+            "prediction_log_copy_duration_seconds",
+            "Copying one file of the spool",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.shadow_dropped = Counter(
+            "shadow_predictions_dropped_total",
+            "Requests that the challenger did not score because it fell behind",
+            registry=self.registry,
+        )
+        ProcessCollector(registry=self.registry)
+
+    def served(self, alias: str, version: str, feature_sha256: str, source: str) -> None:
+        """Note which version an alias serves."""
+        for labels in [
+            tuple(sample.labels.values())
+            for metric in self.model.collect()
+            for sample in metric.samples
+            if sample.labels["alias"] == alias
+        ]:
+            self.model.remove(*labels)
+        self.model.labels(alias, version, feature_sha256[:12], source).set(1)
+        self.loaded.labels(alias).set(time.time())
