@@ -13,7 +13,7 @@ setup:
 run: setup ## Set up, start all services, bring raw data to a champion, show the result
 	@$(PYTHON_BIN) -m services run
 
-up: setup ## Start PostgreSQL, MLflow and Airflow only
+up: setup ## Start all services, and nothing more
 	@$(PYTHON_BIN) -m services up
 
 down: setup ## Stop everything that run or up started; data stay

@@ -13,6 +13,7 @@ from services.dbt import DbtError
 from services.mlflow_server import MlflowError
 from services.platform import Platform
 from services.postgres import PostgresError
+from services.web import WebError
 from settings import PROJECT_ROOT, settings
 from training.errors import TrainingError
 
@@ -26,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m services", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="start everything, run the pipeline, show the result")
-    commands.add_parser("up", help="start PostgreSQL, MLflow and Airflow")
-    commands.add_parser("down", help="stop PostgreSQL, MLflow and Airflow; data stay")
+    commands.add_parser("up", help="start all services, and nothing more")
+    commands.add_parser("down", help="stop all services; data stay")
     docs = commands.add_parser("docs", help="build dbt's documentation as one static page")
     docs.add_argument("--page", type=Path, default=PROJECT_ROOT / "site" / "dbt.html")
     arguments = parser.parse_args(argv)
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         AirflowError,
         MlflowError,
         TrainingError,
+        WebError,
     ) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -57,6 +57,7 @@ def environment(
         "DIABETES_DB_USER": "diabetes",
         "DIABETES_DB_PASSWORD": secrets["diabetes"],
         "DIABETES_DB_NAME": "diabetes",
+        "DIABETES_PREDICTION_LOG_KEY": secrets["identifiers"],
         "DIABETES_DBT_MANIFEST": str(chosen.state_dir / "dbt" / "manifest.json"),
         "AIRFLOW_HOME": str(home),
         "AIRFLOW_CONN_POSTGRES_DEFAULT": f"postgres://{database('diabetes')}",

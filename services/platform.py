@@ -17,19 +17,22 @@ from services import dbt, processes
 from services.airflow import ADMIN, COMPONENTS, Airflow, environment
 from services.mlflow_server import MlflowServer, check
 from services.postgres import Postgres, address
-from services.report import champion, summary
+from services.report import champion, champion_version, summary
 from services.state import Secrets, write_shell_environment
+from services.web import API, PAGE, Web, served_version
 from settings import PROJECT_ROOT, PUBLISHER_URL, Settings
 
 DAG_ID = "diabetes_data_processing"
 TRAINING_DAG_ID = "diabetes_model_training"
+_SWAP_SECONDS = 60
+"""For the API to find a new champion, fetch and test it."""
 _SIGNS = {"success": "ok", "up_for_retry": "will retry"}
 
 log = logging.getLogger(__name__)
 
 
 class Platform:
-    """PostgreSQL, MLflow, Airflow and dbt of one state folder.
+    """PostgreSQL, MLflow, Airflow, dbt, prediction API and page of one state folder.
 
     Args:
         chosen: the settings; `state_dir` is the folder.
@@ -47,8 +50,8 @@ class Platform:
         """Start what is not running and return the healthy Airflow.
 
         Raises:
-            PostgresError, MlflowError, DbtError, AirflowError: what did not start, and where its
-                log is.
+            PostgresError, MlflowError, DbtError, AirflowError, WebError: what did not start, and
+                where its log is.
         """
         postgres_port = self.start_postgres()
         _say_where("PostgreSQL", postgres_port, self._settings.db_port)
@@ -58,6 +61,7 @@ class Platform:
         self._environment = environment(
             self._settings, self._secrets, postgres_port, airflow_port, tracking_uri
         )
+        web = self._start_web()
         write_shell_environment(self._state / "env.sh", self._environment)
         dbt.write_manifest(self._docs, self._environment)
         airflow = Airflow(self._state, self._environment, self._secrets["admin"])
@@ -70,7 +74,22 @@ class Platform:
             _say_where("MLflow", mlflow.wait_until_ready(), self._settings.mlflow_port)
         airflow.wait_until_healthy()
         _say_where("Airflow", airflow_port, self._settings.airflow_port)
+        for service, port, preferred in web:
+            service.wait_until_up(self._state, port)
+            _say_where(service.title, port, preferred)
         return airflow
+
+    def _start_web(self) -> list[tuple[Web, int, int]]:
+        """Start the API and the page (without waiting); each with its port and the preferred."""
+        chosen, variables, started = self._settings, self._environment, []
+        for service, preferred in ((API, chosen.api_port), (PAGE, chosen.ui_port)):
+            port = service.port(self._state, preferred, variables)
+            service.start(self._state, port, variables)
+            started.append((service, port, preferred))
+            variables[f"DIABETES_{'API' if service is API else 'UI'}_URL"] = (
+                f"http://127.0.0.1:{port}"
+            )
+        return started
 
     def start_postgres(self) -> int:
         """Start the embedded PostgreSQL with our databases if it is down; return its port."""
@@ -88,7 +107,7 @@ class Platform:
         ended = processes.stop(self._state)
         stopped = self._postgres.stop()
         also = ", and PostgreSQL" if stopped else ""
-        log.info("Stopped %d processes of Airflow and MLflow%s.", ended, also)
+        log.info("Stopped %d processes%s.", ended, also)
 
     def run(self) -> bool:
         """Bring the source to clean_data through the DAG and show what came of it.
@@ -98,7 +117,8 @@ class Platform:
 
         Raises:
             IngestionError: the source can't be used.
-            PostgresError, MlflowError, DbtError, AirflowError: a service did not start or answer.
+            PostgresError, MlflowError, DbtError, AirflowError, WebError: a service did not start
+                or answer.
         """
         source = self._available_source()
         airflow = self.up()
@@ -237,10 +257,19 @@ class Platform:
     def _conclude(self, airflow: Airflow) -> None:
         with closing(self._connect(int(self._environment["DIABETES_DB_PORT"]))) as connection:
             log.info("\n%s\n", summary(connection))
-        log.info("%s\n", champion(self._environment["MLFLOW_TRACKING_URI"], self._state))
+        uri = self._environment["MLFLOW_TRACKING_URI"]
+        log.info("%s\n", champion(uri, self._state))
+        api = self._environment["DIABETES_API_URL"]
+        wanted = champion_version(uri, self._state)
+        served = served_version(api, wanted, _SWAP_SECONDS)
+        said = f"serves version {served}" if served else "waits for a champion"
+        if wanted and served != wanted:
+            said = f"serves version {served or 'none'}, not {wanted}; see {self._state}/logs"
+        log.info("Page      %s", self._environment["DIABETES_UI_URL"])
+        log.info("API       %s/docs (%s); scripts/predict.sh asks it", api, said)
         log.info("Airflow   %s/dags", airflow.url)
         log.info("          login %s, password %s", ADMIN, self._secrets["admin"])
-        log.info("MLflow    %s", self._environment["MLFLOW_TRACKING_URI"])
+        log.info("MLflow    %s", uri)
         log.info("dbt docs  %s/cosmos/diabetes/dbt_docs_index.html", airflow.url)
         log.info("          (also in Airflow's menu Browse; readable without login)")
         log.info("By hand   source %s/env.sh; cd dbt_diabetes; dbt build", self._state)

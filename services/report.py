@@ -62,6 +62,15 @@ def summary(connection: Connection) -> str:
 _METRICS = ("auroc", "auprc", "brier", "log_loss", "ece", "lift_top_decile", "recall_top_decile")
 
 
+def champion_version(tracking_uri: str, state: Path) -> str:
+    """Number of the champion; empty where there is none."""
+    from training.actions import open_tracker
+    from training.registry import CHAMPION, find_version
+
+    version = find_version(open_tracker(tracking_uri, state).client(), CHAMPION)
+    return version.number if version else ""
+
+
 def champion(tracking_uri: str, state: Path) -> str:
     """The champion's card in short: metrics with intervals, policy, decision and addresses."""
     from training.actions import open_tracker

@@ -10,7 +10,17 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-_NAMES = ("postgres", "diabetes", "airflow", "mlflow", "admin", "api", "jwt", "fernet")
+_NAMES = (
+    "postgres",
+    "diabetes",
+    "airflow",
+    "mlflow",
+    "admin",
+    "api",
+    "jwt",
+    "fernet",
+    "identifiers",
+)
 
 
 class Secrets(dict[str, str]):

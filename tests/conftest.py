@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psycopg2
 import pytest
@@ -17,6 +18,9 @@ from services import processes
 from services.mlflow_server import MlflowServer
 from services.postgres import Postgres, address
 from settings import PROJECT_ROOT
+
+if TYPE_CHECKING:
+    from tests.served import Api, Registered
 
 SHARED_DATA = PROJECT_ROOT.parent / "shared" / "data" / "diabetes_130us.zip"
 _PASSWORD = "only-for-tests"
@@ -109,6 +113,31 @@ def mlflow_server(server_port: int, reachable_tmp: Path) -> Iterator[str]:
         yield uri
     finally:
         processes.stop(state)
+
+
+@pytest.fixture(scope="session")
+def registered(
+    server_port: int, mlflow_server: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Registered]:
+    """A champion and another version, in the session's MLflow."""
+    from tests.served import register
+
+    with closing(_maintenance(server_port)) as connection:
+        name = f"served_{os.getpid()}"
+        connection.cursor().execute(f"create database {name}")
+        yield register(
+            Database(server_port, name), mlflow_server, tmp_path_factory.mktemp("registered")
+        )
+        connection.cursor().execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture(scope="session")
+def api(registered: Registered, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """The prediction API on the champion, for tests that leave it as it is."""
+    from tests.served import running_api
+
+    with running_api(tmp_path_factory.mktemp("api"), registered) as running:
+        yield running
 
 
 def _maintenance(port: int) -> psycopg2.extensions.connection:

@@ -1,0 +1,180 @@
+"""A registered model and the prediction API on it, as real processes, for the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from services.mlflow_server import client_environment
+from services.processes import free_port
+from settings import PROJECT_ROOT, settings
+from tests.conftest import Database
+from tests.dbt.test_project import Dbt, ingest_synthetic
+
+ENCOUNTERS = 12_000
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """Two versions of `diabetes_readmission` that learnt from synthetic encounters.
+
+    Attributes:
+        database: what they learnt from; the prediction log goes there too.
+        uri: of the MLflow server.
+        champion, other: their numbers; the alias `champion` is on the first.
+    """
+
+    database: Database
+    uri: str
+    champion: str
+    other: str
+
+    @property
+    def client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.uri)
+
+    def crown(self, number: str) -> None:
+        """Move the alias `champion`."""
+        self.client.set_registered_model_alias("diabetes_readmission", "champion", number)
+
+
+def register(database: Database, uri: str, folder: Path) -> Registered:
+    """Train two quick models and register them."""
+    from training import evaluate, gates
+    from training.pipeline import EXPERIMENT, Training
+    from training.plan import Spec
+    from training.tracking import Tracker
+
+    ingest_synthetic(database, folder, ENCOUNTERS)
+    Dbt(database, folder / "target").build("--exclude-resource-type", "test", batch_size=3000)
+    numbers = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in {**client_environment(uri), **database.environment}.items():
+            monkeypatch.setenv(name, value)
+        settings.cache_clear()
+        # So few encounters make no model that the real bounds would let pass.
+        bounds = tuple((name, None, None) for name, *_ in gates._BOUNDS)
+        monkeypatch.setattr(gates, "_BOUNDS", bounds)
+        monkeypatch.setattr(gates, "LEAK_AUROC", 1.0)
+        monkeypatch.setattr(evaluate, "report", partial(evaluate.report, resamples=50))
+        for candidate in ("lightgbm", "logistic_regression"):
+            tracker = Tracker(uri, folder / "training", EXPERIMENT)
+            (folder / "training").mkdir(exist_ok=True)
+            training = Training(database.dsn, tracker, decided_by="a test")
+            spec = Spec(candidates=(candidate,), trials=1, threads=1)
+            numbers.append(training.run(spec, learning_curve=False)["version"])
+    settings.cache_clear()
+    made = Registered(database, uri, *numbers)
+    made.crown(made.champion)
+    return made
+
+
+@dataclass(slots=True)
+class Api:
+    """One process of the prediction API.
+
+    Attributes:
+        process: it.
+        url: where it listens.
+        state: its state folder (cache of models, spool).
+        log: what it says.
+    """
+
+    process: subprocess.Popen[bytes]
+    url: str
+    state: Path
+    log: Path
+    session: requests.Session = field(default_factory=requests.Session)
+
+    def wait_until_ready(self, timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            with suppress(requests.RequestException):
+                if self.session.get(f"{self.url}/readyz", timeout=5).ok:
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"not ready after {timeout} s:\n{self.log.read_text()}")
+
+    def get(self, path: str, **arguments: Any) -> requests.Response:
+        return self.session.get(f"{self.url}{path}", timeout=60, **arguments)
+
+    def post(self, path: str, **arguments: Any) -> requests.Response:
+        return self.session.post(f"{self.url}{path}", timeout=120, **arguments)
+
+    def metric(self, line: str) -> float:
+        """Value of one sample, named as /metrics writes it; 0 where it is not there."""
+        for found in self.get("/metrics").text.splitlines():
+            if found.startswith(f"{line} "):
+                return float(found.rsplit(" ", 1)[1])
+        return 0.0
+
+    def stop(self, timeout: float = 30) -> int:
+        """SIGTERM, and the exit code."""
+        self.session.close()
+        self.process.terminate()
+        return self.process.wait(timeout)
+
+
+@contextmanager
+def running_api(
+    state: Path, registered: Registered, *, wait: bool = True, **variables: str
+) -> Iterator[Api]:
+    """The API on a free port; stopped at the end, by force if need be.
+
+    Args:
+        state: its state folder.
+        registered: whose models it serves and whose database it logs to.
+        wait: for a model.
+        variables: settings other than those, by their environment variable.
+    """
+    port = free_port(57000 + os.getpid() % 1000)
+    log = state / "api.log"
+    state.mkdir(parents=True, exist_ok=True)
+    environment: Mapping[str, str] = {
+        **os.environ,
+        **client_environment(registered.uri),
+        **registered.database.environment,
+        "DIABETES_STATE_DIR": str(state),
+        "DIABETES_API_PORT": str(port),
+        "DIABETES_API_POLL_SECONDS": "0.3",
+        "DIABETES_API_BATCH_WORKERS": "1",
+        "DIABETES_PREDICTION_LOG_KEY": "only for tests",
+        **variables,
+    }
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serving"],
+            cwd=PROJECT_ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    api = Api(process, f"http://127.0.0.1:{port}", state, log)
+    try:
+        if wait:
+            api.wait_until_ready()
+        yield api
+    finally:
+        api.session.close()
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
