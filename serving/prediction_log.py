@@ -107,11 +107,12 @@ class Entry:
 
     def lines(self, key: bytes) -> bytes:
         """In PostgreSQL's text format of COPY."""
+        keyed = blake2b(key=key, digest_size=_HASH_BYTES)
         now = datetime.now(UTC).isoformat()
         made = f"{now}\t{self.version}\t{self.role}\t{self.source}"
         return b"".join(
             (
-                f"{number}\t{made}\t{_hash(key, encounter)}\t{_hash(key, patient)}"
+                f"{number}\t{made}\t{_hash(keyed, encounter)}\t{_hash(keyed, patient)}"
                 f"\t{probability!r}\t"
             ).encode()
             + orjson.dumps(row).replace(b"\\", b"\\\\")
@@ -127,11 +128,13 @@ class Entry:
         )
 
 
-def _hash(key: bytes, identifier: Any) -> str:
+def _hash(keyed: blake2b, identifier: Any) -> str:
     """Keyed BLAKE2b (RFC 7693): who has the key finds an encounter again, nobody else does."""
     if identifier in (None, "", "?"):
         return r"\N"
-    return blake2b(str(identifier).encode(), key=key, digest_size=_HASH_BYTES).hexdigest()
+    digest = keyed.copy()
+    digest.update(str(identifier).encode())
+    return digest.hexdigest()
 
 
 def write_segment(folder: Path, lines: bytes) -> None:
@@ -332,8 +335,9 @@ class PredictionLog:
             self._done.append(path.stem)
             seconds = time.monotonic() - begin
             self._on_copied(rows, seconds)
-            # Half of the time is theirs who wait for an answer: the log can wait.
-            self._stopping.wait(seconds)
+            # Most of the time is theirs who wait for an answer; the log can, while there is room.
+            if self.pending_bytes < self._limit / 2:
+                self._stopping.wait(3 * seconds)
 
     def _copy(self, connection: psycopg2.extensions.connection, path: Path) -> int:
         """Copy one file and its name in one transaction; 0 where it was copied before."""

@@ -10,10 +10,10 @@ from typing import Final
 from serving import batch, records
 from serving.problems import ProblemError
 
-BLOCK_BYTES: Final = 400_000
-"""About two thousand encounters: enough to be quick, little enough to be shared out."""
+BLOCK_BYTES: Final = 200_000
+"""About a thousand encounters: enough to be quick, little enough to be shared out."""
 LINE_LIMIT: Final = 1 << 16
-_AHEAD = 3
+_AHEAD = 4
 """Blocks that wait for each worker."""
 
 
