@@ -47,6 +47,8 @@ class LocalPlatform:
                 "DIABETES_DB_PORT": "56200",
                 "DIABETES_AIRFLOW_PORT": "56300",
                 "DIABETES_MLFLOW_PORT": "56400",
+                "DIABETES_API_PORT": "56600",
+                "DIABETES_UI_PORT": "56700",
                 "MLFLOW_TRACKING_URI": "",
             },
             stdout=subprocess.PIPE,
@@ -137,6 +139,7 @@ def test_run_brings_synthetic_data_to_clean_data(platform: LocalPlatform) -> Non
     # Three hundred validation rows make no champion, and that is said.
     assert re.search(r"search \[lightgbm\] +[\d.]+ s +ok", output)
     assert "diabetes_readmission has no champion: gates not passed" in output
+    assert re.search(r"API +http\S+/docs \(waits for a champion\)", output)
 
 
 def test_urls_answer(platform: LocalPlatform) -> None:
@@ -158,6 +161,11 @@ def test_urls_answer(platform: LocalPlatform) -> None:
     assert "diabetes_train" in catalog.text
     mlflow = requests.get(variables["MLFLOW_TRACKING_URI"], timeout=30)
     assert "<title>MLflow</title>" in mlflow.text
+    api = variables["DIABETES_API_URL"]
+    assert requests.get(f"{api}/livez", timeout=30).ok
+    unready = requests.get(f"{api}/readyz", timeout=30)
+    assert (unready.status_code, "alias champion" in unready.text) == (503, True)
+    assert "Streamlit" in requests.get(variables["DIABETES_UI_URL"], timeout=30).text
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on the PATH")
@@ -275,6 +283,24 @@ def test_run_brings_the_real_file_to_a_champion(platform: LocalPlatform, real_zi
     assert action == "promoted"
     assert all(gate["passed"] for gate in gates)  # type: ignore[attr-defined]
     assert test is not None
+    # The service found the champion by itself, and what it is asked is logged.
+    (api, version) = re.findall(r"API +(http\S+)/docs \(serves version (\d+)\)", output)[0]
+    said = subprocess.run(
+        [str(PROJECT_ROOT / "scripts" / "predict.sh")],
+        env={**os.environ, "DIABETES_STATE_DIR": str(platform.state)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer = json.loads(said.stdout)
+    assert answer["model_version"] == version
+    assert requests.get(f"{api}/v1/model", timeout=30).json()["is_synthetic"] is False
+    logged = "select probability from inference.predictions where prediction_id = "
+    deadline = time.monotonic() + 30
+    while not (rows := platform.rows(f"{logged}'{answer['prediction_id']}'")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert rows == [(answer["probability"],)]
 
 
 def test_missing_source_is_one_clear_message(platform: LocalPlatform) -> None:
