@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -125,9 +126,12 @@ def registered(
     with closing(_maintenance(server_port)) as connection:
         name = f"served_{os.getpid()}"
         connection.cursor().execute(f"create database {name}")
-        yield register(
-            Database(server_port, name), mlflow_server, tmp_path_factory.mktemp("registered")
-        )
+        with warnings.catch_warnings():
+            # mlflow warns of its own use of pandas and of type hints in itself.
+            warnings.simplefilter("ignore")
+            folder = tmp_path_factory.mktemp("registered")
+            made = register(Database(server_port, name), mlflow_server, folder)
+        yield made
         connection.cursor().execute(f"drop database {name} with (force)")
 
 

@@ -1,0 +1,1 @@
+"""The page: a Streamlit app that knows the prediction API and nothing else of the platform."""
