@@ -21,7 +21,9 @@ sys.path.insert(0, str(PROJECT_ROOT))
 from services import processes  # noqa: E402
 from services.airflow import ADMIN, Airflow  # noqa: E402
 from services.state import Secrets  # noqa: E402
+from services.web import PAGE  # noqa: E402
 from settings import settings  # noqa: E402
+from ui.words import words  # noqa: E402
 
 DAG_ID = "diabetes_data_processing"
 PUBLISHED = (
@@ -61,6 +63,8 @@ def main() -> int:
         _dbt_lineage(browser, airflow.url, arguments.out / "dbt-lineage.png")
         uri = (state / "mlflow" / "url").read_text()
         _model_card(browser, uri, arguments.out / "model-card.png")
+        port = processes.find(state, PAGE.name)[0].environ()[PAGE.port_variable]
+        _page(browser, f"http://127.0.0.1:{port}", arguments.out)
         browser.close()
     return 0
 
@@ -137,6 +141,22 @@ def _model_card(browser: Browser, uri: str, picture: Path) -> None:
         full_page=True,
         clip={"x": 0, "y": top - 10, "width": 1150, "height": bottom - top + 20},
     )
+
+
+def _page(browser: Browser, url: str, folder: Path) -> None:
+    """Pictures of a risk with its reasons, and of the page about the model."""
+    text = words("en")
+    page = browser.new_page(viewport={"width": 1280, "height": 1500})
+    page.goto(url)
+    page.get_by_role("button", name=text("example.high")).click()
+    page.get_by_role("button", name=text("estimate")).click()
+    page.get_by_text(text("reasons"), exact=True).wait_for()
+    page.wait_for_timeout(2000)
+    page.screenshot(path=folder / "page-encounter.png")
+    page.get_by_role("link", name=text("nav.model")).click()
+    page.get_by_text(text("model.calibration"), exact=True).wait_for()
+    page.wait_for_timeout(2000)
+    page.screenshot(path=folder / "page-model.png")
 
 
 if __name__ == "__main__":
