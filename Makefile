@@ -31,10 +31,11 @@ lint: ## Static checks: ruff, mypy, sqlfluff, shellcheck, yamllint
 docs: setup ## Build dbt's documentation as one page, site/dbt.html
 	@$(PYTHON_BIN) -m services docs
 
-bench: ## Measure ingestion, dbt, the DAGs, training and the pandas baseline
+bench: ## Measure ingestion, dbt, the DAGs, training, serving and the baselines
 	@scripts/setup.sh dev
 	@$(PYTHON_BIN) -m bench
 	@$(PYTHON_BIN) -m bench.training
+	@$(PYTHON_BIN) -m bench.serving
 
 screenshots: ## Take the pictures of README with headless Chromium
 	@scripts/setup.sh dev

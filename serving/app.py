@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -21,12 +22,13 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from ingestion.contract import MISSING
 from serving import answers, batch, problems, records, words
+from serving.errors import ServingError
 from serving.guard import BATCH, CARD, Guard, read_keys
 from serving.lifecycle import Keeper
 from serving.model import Model, Scored
-from serving.prediction_log import LogFullError, PredictionLog
+from serving.prediction_log import PredictionLog
 from serving.problems import ProblemError
-from serving.registry import Registry
+from serving.registry import PART, Registry
 from serving.shadow import Shadow
 from serving.telemetry import Telemetry, Values
 from serving.upload import Upload
@@ -51,15 +53,23 @@ class Service:
         registry = Registry(chosen)
         cache = home / "models"
         cache.mkdir(parents=True, exist_ok=True)
+        for abandoned in cache.glob(f"*{PART}"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         self.champion = self._keeper(registry, chosen.api_alias)
         self.challenger = self._keeper(registry, CHALLENGER) if chosen.api_shadow else None
         self.workers = batch.Workers(chosen.api_batch_workers)
         self.log: PredictionLog | None = None
         if chosen.prediction_log:
+            key = chosen.prediction_log_key.get_secret_value().encode()[:64]
+            if not key:
+                raise ServingError(
+                    "DIABETES_PREDICTION_LOG_KEY is not set: without it the hashes of identifiers "
+                    "could be guessed; set it (make up does), or DIABETES_PREDICTION_LOG=false"
+                )
             self.log = PredictionLog(
                 home / "spool",
                 chosen.dsn,
-                chosen.prediction_log_key.get_secret_value().encode()[:64],
+                key,
                 chosen.prediction_log_limit_mib << 20,
                 self._on_copied,
             )
@@ -141,13 +151,10 @@ class Service:
         """See whether predictions can be kept.
 
         Raises:
-            ProblemError: 503, they can't.
+            LogFullError: they can't.
         """
         if self.log:
-            try:
-                self.log.check()
-            except LogFullError as error:
-                raise ProblemError(503, str(error), headers={"Retry-After": "30"}) from None
+            self.log.check()
 
     def predict(
         self, encounter: dict[str, Any], alert_rate: float | None, source: str
@@ -161,10 +168,7 @@ class Service:
         ids = [str(uuid_utils.uuid7())]
         if self.log and not scored.excluded:
             made = batch.entry(model, scored, ids, role="champion", source=source, columns=columns)
-            try:
-                self.log.append(made)
-            except LogFullError as error:
-                raise ProblemError(503, str(error), headers={"Retry-After": "30"}) from None
+            self.log.append(made)
         if self.challenger and self.challenger.model:
             self.shadow.add(self.job(self.challenger.model, rate), encounter)
         if scored.excluded:
