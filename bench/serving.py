@@ -50,6 +50,7 @@ from bench.report import Context, describe
 from bench.server import Server, running_server
 from bench.usage import cpu_seconds, run, sampled
 from ingestion.errors import IngestionError
+from services.mlflow_server import MlflowServer
 from services.postgres import PostgresError
 from services.processes import free_port
 from serving.errors import RegistryError
@@ -513,6 +514,7 @@ class Bench:
         environment = {
             **self._server.environment(_DATABASE),
             "DIABETES_STATE_DIR": str(state),
+            "MLFLOW_TRACKING_URI": self._chosen.mlflow_tracking_uri,
             "DIABETES_API_HOST": HOST,
             "DIABETES_API_PORT": str(port),
             "DIABETES_API_KEY_HASHES": "",
@@ -824,8 +826,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for number_ in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number_, _interrupt)
+    chosen = settings()
+    if not chosen.mlflow_tracking_uri:  # the server of make run, as far as it is up
+        last = MlflowServer(chosen.state_dir, "").last_url
+        chosen = chosen.model_copy(update={"mlflow_tracking_uri": last})
     try:
-        results = measure(settings(), arguments, asked.rounds, asked.seconds)
+        results = measure(chosen, arguments, asked.rounds, asked.seconds)
     except (BenchError, IngestionError, PostgresError, OSError, psycopg2.Error) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

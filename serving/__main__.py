@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import secrets
+import signal
 import sys
 from hashlib import sha256
 
@@ -30,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         stream=sys.stderr,
     )
     if arguments.command == "key":
+        if "," in arguments.name or not arguments.name.strip() or not arguments.name.isprintable():
+            key.error("a name without commas is needed")
         made = secrets.token_urlsafe(32)
         digest = sha256(made.encode()).hexdigest()
         sys.stdout.write(f"key   {made}\nhash  {arguments.name}:{digest}\n")
@@ -52,6 +55,9 @@ def run(chosen: Settings) -> None:
 
     from serving.app import create_app
 
+    # When all is answered uvicorn sends itself the signal once more, to be ended by it: to end as
+    # asked is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         create_app(chosen),
         host=chosen.api_host,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
+import traceback
 from collections.abc import Mapping
 from hashlib import sha256
 
@@ -33,6 +35,8 @@ _CARD_CSP = (
     b"default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'",
 )
 CARD = "/v1/model/card"
+
+log = logging.getLogger(__name__)
 
 
 def read_keys(text: str) -> dict[str, str]:
@@ -93,12 +97,13 @@ class Guard:
             return
         begin = time.perf_counter()
         status = 500
+        begun = False
         path = scope["path"]
 
         async def send_guarded(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 message["headers"] = [*message.get("headers", ()), *_headers(path)]
             await send(message)
 
@@ -110,6 +115,13 @@ class Guard:
                 await refusal(scope, receive, send_guarded)
             else:
                 await self._app(scope, self._limited(scope, receive), send_guarded)
+        except Exception as error:
+            # Where it was and of what type: its message could quote what the caller sent, and the
+            # server would write that to the log. An answer that was cut short it sees by itself.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error("%s failed: %s\n%s", _method(scope), type(error).__name__, frames)
+            if not begun:
+                raise
         finally:
             self._serving -= 1
             self._telemetry.in_flight.set(self._serving)
@@ -147,7 +159,7 @@ class Guard:
     def _limit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> int:
         if scope["path"] != BATCH:
             return BODY_LIMIT
-        is_csv = headers.get(b"content-type", b"").startswith(b"text/csv")
+        is_csv = headers.get(b"content-type", b"").lower().startswith(b"text/csv")
         return self._csv_limit if is_csv else JSON_BATCH_LIMIT
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
@@ -168,6 +180,8 @@ class Guard:
                     f"nothing came for {self._timeout:g} s; send the body without a pause",
                     headers={"Connection": "close"},
                 ) from None
+            if message["type"] == "http.disconnect":  # nobody hears it; it is counted as theirs
+                raise problems.ProblemError(400, "the connection ended before the body did")
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > limit:

@@ -151,13 +151,12 @@ class Keeper:
         self.reason = why
         if self.model:
             return
-        pointer = self._cache / f"{self.alias}.json"
-        try:
-            version = json.loads(pointer.read_text(encoding="utf-8"))["version"]
-            model = Model(self._cache / version)
-        except FileNotFoundError:
+        version = _pointed(self._cache / f"{self.alias}.json")
+        if version is None:
             self.reason = f"{why}, and no version is in the cache; start MLflow (make up)"
             return
+        try:
+            model = Model(self._cache / version)
         except ModelRefusedError as error:
             self.reason = f"{why}, and the cached copy is broken: {error}"
             return
@@ -165,9 +164,19 @@ class Keeper:
         self._serve(model, "cache", on_swap)
 
     def _prune(self) -> None:
-        pointers = [json.loads(p.read_text("utf-8"))["version"] for p in self._cache.glob("*.json")]
-        folders = [path for path in self._cache.iterdir() if path.is_dir()]
+        pointers = [_pointed(path) for path in self._cache.glob("*.json")]
+        # A name with a point is a version on its way here, of this keeper or another.
+        folders = [path for path in self._cache.iterdir() if path.is_dir() and not path.suffix]
         folders.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         spare = [path for path in folders if path.name not in pointers]
         for path in spare[_KEPT:]:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _pointed(pointer: Path) -> str | None:
+    """The version that was served last; None where none was, or the file is broken."""
+    try:
+        version = json.loads(pointer.read_text(encoding="utf-8"))["version"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return version if isinstance(version, str) else None

@@ -138,11 +138,19 @@ def _hash(keyed: blake2b, identifier: Any) -> str:
 
 
 def write_segment(folder: Path, lines: bytes) -> None:
-    """Put lines into the spool as a file of their own; for the processes that score batches."""
+    """Put lines into the spool as a file of their own; for the processes that score batches.
+
+    Raises:
+        LogFullError: the disk is full.
+    """
     name = f"{time.time_ns():020d}-{os.getpid()}"
     partial = folder / f"{name}{_PART}"
-    partial.write_bytes(lines)
-    partial.rename(folder / f"{name}{_READY}")
+    try:
+        partial.write_bytes(lines)
+        partial.rename(folder / f"{name}{_READY}")
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise LogFullError(_unwritable(error)) from error
 
 
 class PredictionLog:
@@ -175,6 +183,7 @@ class PredictionLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._owned = self._own()
         self._lock = threading.Lock()
+        self._describing = threading.Lock()
         self._numbers = itertools.count()
         self._file: int | None = None
         self._name = ""
@@ -198,12 +207,12 @@ class PredictionLog:
     def describe(self, version: str, feature_sha256: str, names: Iterable[str]) -> None:
         """Tell what the features of a version are called; kept on disk until it is stored."""
         known = self.folder / "models.json"
-        models = json.loads(known.read_text()) if known.exists() else {}
-        models[version] = (feature_sha256, list(names))
-        partial = known.with_suffix(".part")
-        partial.write_text(json.dumps(models))
-        partial.replace(known)
-        self._models = models
+        with self._describing:  # champion and challenger come in threads of their own
+            models = {**self._models, version: (feature_sha256, list(names))}
+            partial = known.with_suffix(".part")
+            partial.write_text(json.dumps(models))
+            partial.replace(known)
+            self._models = models
 
     @property
     def pending_bytes(self) -> int:
@@ -230,21 +239,22 @@ class PredictionLog:
         """
         lines = entry.lines(self.key)
         with self._lock:
-            if self._file is None:
-                self._name = f"{time.time_ns():020d}-{os.getpid()}-{next(self._numbers)}"
-                path = self.folder / f"{self._name}{_OPEN}"
-                self._file = os.open(
-                    path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600
-                )
-                self._size = 0
             try:
+                if self._file is None:
+                    self._name = f"{time.time_ns():020d}-{os.getpid()}-{next(self._numbers)}"
+                    path = self.folder / f"{self._name}{_OPEN}"
+                    self._file = os.open(
+                        path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600
+                    )
+                    self._size = 0
                 written = os.write(self._file, lines)
                 if written < len(lines):
                     raise OSError(errno.ENOSPC, "the disk is full")
             except OSError as error:
-                # Half a line would make the whole file unreadable.
-                os.ftruncate(self._file, self._size)
-                raise LogFullError(f"the prediction log can't be written: {error}") from error
+                if self._file is not None:
+                    # Half a line would make the whole file unreadable.
+                    os.ftruncate(self._file, self._size)
+                raise LogFullError(_unwritable(error)) from error
             self._size += len(lines)
 
     def close(self, timeout: float = 10) -> None:
@@ -346,11 +356,12 @@ class PredictionLog:
             cursor.execute(
                 "delete from inference.copied_segments where segment = any(%s)", (self._done,)
             )
-            for version in self._models.keys() - self._described:
+            models = self._models  # another can come meanwhile
+            for version in models.keys() - self._described:
                 cursor.execute(
                     "insert into inference.models (model_version, feature_sha256, feature_names) "
                     "values (%s, %s, %s) on conflict do nothing",
-                    (version, *self._models[version]),
+                    (version, *models[version]),
                 )
             cursor.execute(
                 "insert into inference.copied_segments (segment) values (%s) "
@@ -362,7 +373,7 @@ class PredictionLog:
                 with path.open("rb") as lines:
                     cursor.copy_expert(_COPY, lines)
                 rows = cursor.rowcount
-        self._described |= self._models.keys()
+        self._described |= models.keys()
         self._done.clear()
         return rows
 
@@ -395,6 +406,11 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0  # copied meanwhile
+
+
+def _unwritable(error: OSError) -> str:
+    # Without the path, which is no matter of a caller's.
+    return f"the prediction log can't be written: {error.strerror}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -15,10 +14,9 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from serving import records
+from serving.prediction_log import LogFullError
 
 MEDIA_TYPE = "application/problem+json"
-
-log = logging.getLogger(__name__)
 
 
 class FieldError(BaseModel):
@@ -98,13 +96,15 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)  # noqa: S101
         return invalid(error.errors())
 
-    async def of_us(request: Request, error: Exception) -> Response:
-        # The type alone: a message could quote what the caller sent.
-        log.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
+    async def of_log(_: Request, error: Exception) -> Response:
+        return response(503, str(error), headers={"Retry-After": "30"})
+
+    async def of_us(_: Request, error: Exception) -> Response:
         return response(500, "the service failed; its log tells more to those who run it")
 
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(RequestValidationError, of_validation)
+    app.add_exception_handler(LogFullError, of_log)
     app.add_exception_handler(Exception, of_us)
 
 

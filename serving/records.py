@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from itertools import islice
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import BeforeValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
@@ -28,6 +30,8 @@ FieldFault = tuple[str, str]
 """Name of a field and what is wrong with it."""
 
 _SHOWN = 40
+_MOST_FAULTS = 100
+"""That are told: a caller could make up any number, and hints take their time."""
 
 
 def _plain_number(value: Any) -> Any:
@@ -49,7 +53,7 @@ def _type(field: Field) -> Any:
         ]
     if field.kind == "icd9":
         return Annotated[
-            Annotated[str, Constraint(pattern=f"^(?:{field.pattern})$", max_length=7)] | None,
+            Annotated[str, Constraint(pattern=_ascii(field), max_length=7)] | None,
             description,
         ]
     values: tuple[Any, ...] = tuple(value for value in field.values if value != MISSING)
@@ -59,6 +63,11 @@ def _type(field: Field) -> Any:
     if field.kind == "code":
         return Annotated[known | None, BeforeValidator(_plain_number), description]
     return Annotated[known | None, description]
+
+
+def _ascii(field: Field) -> str:
+    """The field's pattern, in which other scripts' digits are none."""
+    return f"^(?:{field.pattern})$".replace(r"\d", "[0-9]")
 
 
 _EXAMPLE: dict[str, JsonValue] = {
@@ -148,9 +157,11 @@ def columns(encounters: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def faults(errors: Iterable[Mapping[str, Any]]) -> list[FieldFault]:
-    """Pydantic's errors by field, in the contract's words, each field once."""
+    """Pydantic's errors by field, in the contract's words, each field once, up to a bound."""
     found: dict[str, str] = {}
     for error in errors:
+        if len(found) == _MOST_FAULTS:
+            break
         place = [part for part in error["loc"] if part != "body"]
         at = next((i for i, part in enumerate(place) if part in ACCEPTED), None)
         if error["type"] == "extra_forbidden":
@@ -175,7 +186,8 @@ def _unknown(name: str) -> str:
 def summary(found: Sequence[FieldFault]) -> str:
     """The first faults as one message."""
     said = "; ".join(f"{field}: {message}" for field, message in found[:3])
-    more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+    at_least = "at least " if len(found) == _MOST_FAULTS else ""
+    more = f" (and {at_least}{len(found) - 3} more)" if len(found) > 3 else ""
     return f"{said}{more}"
 
 
@@ -213,15 +225,20 @@ class Header:
             text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip("\r\n")
         except UnicodeDecodeError:
             raise RecordsError("line 1 is not UTF-8; convert the file") from None
-        names = tuple(next(csv.reader([text]), []))
+        try:
+            names = tuple(next(csv.reader([text], strict=True), []))
+        except csv.Error as error:
+            raise RecordsError(f"line 1 is not readable as CSV: {error}") from None
         known = {*ACCEPTED, OUTCOME}
-        unknown = [(_short(name), _unknown(name)) for name in names if name not in known]
-        twice = [(name, "named twice") for name in sorted(set(names)) if names.count(name) > 1]
+        strangers = (name for name in names if name not in known)
+        unknown = [(_short(name), _unknown(name)) for name in islice(strangers, _MOST_FAULTS)]
+        counted = Counter(names)
+        twice = [(name, "named twice") for name in sorted(known) if counted[name] > 1]
         if not names or unknown or twice:
             raise RecordsError(
                 "line 1 has to be a header of columns of the publisher's diabetic_data.csv "
                 f"(any of them, in any order); {summary([*unknown, *twice]) or 'it is empty'}",
-                [*unknown, *twice],
+                [*unknown, *twice][:_MOST_FAULTS],
             )
         return cls(names)
 
@@ -237,8 +254,8 @@ class CsvReader:
         self._header = header
         self._fields = [ACCEPTED.get(name) for name in header.names]
         patterns = [_pattern(field) for field in self._fields]
-        self._line = re.compile(",".join(patterns))
-        self._values = [re.compile(pattern) for pattern in patterns]
+        self._line = re.compile(",".join(patterns), re.ASCII)
+        self._values = [re.compile(pattern, re.ASCII) for pattern in patterns]
 
     def read(self, lines: Sequence[str]) -> tuple[dict[str, list[str]], dict[int, str]]:
         """Columns of the valid rows, and what is wrong with each of the others.
@@ -251,17 +268,19 @@ class CsvReader:
             their line in `lines`. An empty line is a row at fault.
         """
         matches = self._line.fullmatch
-        rows: list[list[str]] = []
+        valid: list[str] = []
         broken: dict[int, str] = {}
         for place, line in enumerate(lines):
             if matches(line):
-                rows.append(line.split(","))
+                valid.append(line)
             elif values := self._parse(line, place, broken):
-                rows.append(values)
-        by_column = zip(*rows, strict=True) if rows else ([] for _ in self._fields)
+                valid.append(",".join(values))
+        # All values in one list, and every so manieth of them is a column: no list for each row.
+        values = ",".join(valid).split(",") if valid else []
+        width = len(self._fields)
         return {
-            name: list(values)
-            for name, values in zip(self._header.names, by_column, strict=True)
+            name: values[place::width]
+            for place, name in enumerate(self._header.names)
             if name != OUTCOME
         }, broken
 
@@ -285,7 +304,8 @@ class CsvReader:
         if wrong:
             broken[place] = summary(wrong)
             return []
-        return values
+        # The outcome is nobody's business here, and alone could hold a comma.
+        return [value if field else "" for field, value in zip(self._fields, values, strict=True)]
 
 
 def _pattern(field: Field | None) -> str:

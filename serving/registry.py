@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ from settings import PROJECT_ROOT, Settings
 NAME = "diabetes_readmission"
 """Of the registered model."""
 
+PART = ".part"
+"""Ending of a folder that a version is on its way into."""
+
 _REFUSED = 3
+_DOWNLOADED, _PASSED = "downloaded", "passed"
+"""What the process that fetches says of how far it came: a corrupt model can end it in any way, and
+with any exit code."""
 _TIMEOUT = 300
 
 log = logging.getLogger(__name__)
@@ -84,9 +91,7 @@ class Registry:
             RegistryError: it can't be downloaded now.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial = Path(tempfile.mkdtemp(PART, f"{folder.name}-", folder.parent))
         (partial / "version.json").write_text(json.dumps(found), encoding="utf-8")
         try:
             done = subprocess.run(
@@ -101,11 +106,17 @@ class Registry:
                 check=False,
             )
             said = done.stderr.strip().splitlines()
-            reason = said[-1] if said else f"the process ended with {done.returncode}"
-            if done.returncode == _REFUSED or done.returncode < 0:
+            reason = said[-1] if said else "it said nothing"
+            told = done.stdout.split()
+            if done.returncode == _REFUSED:
                 raise ModelRefusedError(reason)
-            if done.returncode:
+            if _DOWNLOADED not in told:
                 raise RegistryError(f"version {found['version']} can't be downloaded: {reason}")
+            if done.returncode or _PASSED not in told:
+                raise ModelRefusedError(
+                    f"version {found['version']}: the process that tested it ended with "
+                    f"{done.returncode}: {reason}"
+                )
             partial.rename(folder)
         except subprocess.TimeoutExpired:
             raise RegistryError(
@@ -139,7 +150,14 @@ def download(folder: Path) -> None:
             f"runs:/{found['run_id']}/{file}", dst_path=str(folder)
         )
         Path(path).rename(folder / Path(file).name)
+    _tell(_DOWNLOADED)
     Model(folder)
+    _tell(_PASSED)
+
+
+def _tell(what: str) -> None:
+    sys.stdout.write(f"{what}\n")
+    sys.stdout.flush()
 
 
 def _short(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -31,6 +32,7 @@ class Shadow:
         self._waiting: list[dict[str, Any]] = []
         self._job: batch.Job | None = None
         self._task: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
 
     def start(self) -> None:
         """Begin to score."""
@@ -46,13 +48,15 @@ class Shadow:
 
     async def close(self) -> None:
         """Score what waits, and stop."""
+        self._stopping.set()
         if self._task:
-            self._task.cancel()
+            await self._task
         await self._flush()
 
     async def _work(self) -> None:
-        while True:
-            await asyncio.sleep(_SECONDS)
+        while not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _SECONDS)
             await self._flush()
 
     async def _flush(self) -> None:

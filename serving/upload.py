@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from serving import batch, records
+from serving.prediction_log import LogFullError
 from serving.problems import ProblemError
 
 BLOCK_BYTES: Final = 200_000
@@ -42,15 +43,15 @@ class Upload:
         """Take the whole upload; give the results, in order, as they are ready.
 
         Raises:
-            ProblemError: 422 for a header that is none of ours, 400 for something else than CSV,
-                503 where the log is full.
+            ProblemError: 422 for a header that is none of ours, 400 for something else than CSV.
+            LogFullError: predictions can't be kept.
         """
         try:
             await self._receive(stream)
         except BaseException as error:
             for task in self._running:
                 task.cancel()
-            if isinstance(error, ProblemError):
+            if isinstance(error, (ProblemError, LogFullError)):
                 # A caller that is still sending would not see an answer.
                 async for _ in stream:
                     pass

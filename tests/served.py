@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import requests
 
+from ingestion.contract import FIELDS
+from ingestion.synthetic import csv_blocks
 from services.mlflow_server import client_environment
 from services.processes import free_port
 from settings import PROJECT_ROOT, settings
@@ -23,6 +25,37 @@ from tests.conftest import Database
 from tests.dbt.test_project import Dbt, ingest_synthetic
 
 ENCOUNTERS = 12_000
+
+WARNINGS = [
+    # mlflow warns of its own use of pandas and of type hints in itself.
+    pytest.mark.filterwarnings("ignore:Operation with range:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:(?s).*Any type hint is inferred"),
+]
+"""For tests that train or read a registered model."""
+
+
+def wait_until(holds: Callable[[], object], timeout: float = 30) -> None:
+    """Return as soon as something holds."""
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {timeout} s"
+        time.sleep(0.05)
+
+
+def synthetic(rows: int, seed: int = 7) -> list[list[str]]:
+    """Rows of a synthetic CSV, the header not among them."""
+    text = b"".join(csv_blocks(rows, seed)).decode()
+    return [line.split(",") for line in text.splitlines()[1:]]
+
+
+def as_json(row: list[str]) -> dict[str, Any]:
+    """A row of a CSV as a caller of the JSON API sends it."""
+    numbers = ("id", "count", "code")
+    return {
+        field.name: int(value) if field.kind in numbers else value
+        for field, value in zip(FIELDS, row, strict=True)
+        if field.name != "readmitted"
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,21 +168,6 @@ def test_urls_answer(platform: LocalPlatform) -> None:
     assert "Streamlit" in requests.get(variables["DIABETES_UI_URL"], timeout=30).text
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on the PATH")
-def test_pages_show_in_a_browser(platform: LocalPlatform, tmp_path: Path) -> None:
-    # The script logs in, opens the graph of the last run and the lineage, and waits for both.
-    subprocess.run(
-        [sys.executable, str(PROJECT_ROOT / "scripts" / "screenshots.py"), "--out", str(tmp_path)],
-        env={**os.environ, "DIABETES_STATE_DIR": str(platform.state)},
-        check=True,
-    )
-    for name in ("airflow-graph.png", "dbt-lineage.png", "model-card.png"):
-        picture = (tmp_path / name).read_bytes()
-        assert picture.startswith(b"\x89PNG")
-        # An empty page of this size compresses to a few kilobytes.
-        assert len(picture) > 30_000, name
-
-
 def test_dbt_works_by_hand(platform: LocalPlatform, tmp_path: Path) -> None:
     before = platform.contents()
     for command in (["build"], ["test"], ["docs", "generate"], ["source", "freshness"]):
@@ -301,6 +286,21 @@ def test_run_brings_the_real_file_to_a_champion(platform: LocalPlatform, real_zi
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert rows == [(answer["probability"],)]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on the PATH")
+def test_pages_show_in_a_browser(platform: LocalPlatform, tmp_path: Path) -> None:
+    # The script logs in, opens the graph of the last run and the lineage, and waits for both.
+    subprocess.run(
+        [sys.executable, str(PROJECT_ROOT / "scripts" / "screenshots.py"), "--out", str(tmp_path)],
+        env={**os.environ, "DIABETES_STATE_DIR": str(platform.state)},
+        check=True,
+    )
+    for name in ("airflow-graph", "dbt-lineage", "model-card", "page-encounter", "page-model"):
+        picture = (tmp_path / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        # An empty page of this size compresses to a few kilobytes.
+        assert len(picture) > 30_000, name
 
 
 def test_missing_source_is_one_clear_message(platform: LocalPlatform) -> None:
