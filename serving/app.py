@@ -170,7 +170,7 @@ class Service:
             made = batch.entry(model, scored, ids, role="champion", source=source, columns=columns)
             self.log.append(made)
         if self.challenger and self.challenger.model:
-            self.shadow.add(self.job(self.challenger.model, rate), encounter)
+            self.shadow.add(self.job(self.challenger.model, rate), source, encounter)
         if scored.excluded:
             self.count(source, excluded=1)
         else:
@@ -374,7 +374,7 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
         except records.RecordsError as error:
             status = 422 if error.faults else 400
             raise ProblemError(status, str(error), error.faults) from None
-        service.count("batch", scored=len(result.scores))
+        service.count("batch", scored=len(result.scores), excluded=result.excluded)
         service.telemetry.scores.add(result.version, result.scores)
         return Response(result.content, media_type="application/json")
 
@@ -387,7 +387,9 @@ def _json(content: Any) -> Response:
 async def _counted(service: Service, results: AsyncIterator[batch.Result]) -> AsyncIterator[bytes]:
     yield batch.CSV_HEADER
     async for result in results:
-        service.count("csv", scored=len(result.scores), broken=result.broken)
+        service.count(
+            "csv", scored=len(result.scores), excluded=result.excluded, broken=result.broken
+        )
         service.telemetry.scores.add(result.version, result.scores)
         yield result.content
 

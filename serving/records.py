@@ -134,14 +134,14 @@ class RecordsError(ValueError):
         self.faults = faults
 
 
-def read_batch(body: bytes) -> list[dict[str, Any]]:
+def read_batch(body: bytes) -> Sequence[Mapping[str, Any]]:
     """Encounters of a JSON batch.
 
     Raises:
         RecordsError: it breaks the contract.
     """
     try:
-        return [dict(encounter) for encounter in batch_adapter().validate_json(body)["encounters"]]
+        return batch_adapter().validate_json(body)["encounters"]
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
         if found[0]["type"] == "json_invalid":
@@ -151,9 +151,8 @@ def read_batch(body: bytes) -> list[dict[str, Any]]:
 
 
 def columns(encounters: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Encounters by field, for `Scorer.features`; without identifiers."""
-    names = {name for encounter in encounters for name in encounter}.difference(IDENTIFIERS)
-    return {name: [encounter.get(name) for encounter in encounters] for name in names}
+    """Encounters by field, every accepted one; None where an encounter lacks it."""
+    return {name: [encounter.get(name) for encounter in encounters] for name in ACCEPTED}
 
 
 def faults(errors: Iterable[Mapping[str, Any]]) -> list[FieldFault]:

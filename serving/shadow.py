@@ -29,7 +29,7 @@ class Shadow:
     def __init__(self, workers: batch.Workers, telemetry: Telemetry) -> None:
         self._workers = workers
         self._telemetry = telemetry
-        self._waiting: list[dict[str, Any]] = []
+        self._waiting: list[tuple[str, dict[str, Any]]] = []
         self._job: batch.Job | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
@@ -38,13 +38,13 @@ class Shadow:
         """Begin to score."""
         self._task = asyncio.create_task(self._work())
 
-    def add(self, job: batch.Job, encounter: dict[str, Any]) -> None:
+    def add(self, job: batch.Job, source: str, encounter: dict[str, Any]) -> None:
         """Have one encounter scored by the challenger; it is left out if too many wait."""
         if len(self._waiting) >= _MOST_WAITING:
             self._telemetry.shadow_dropped.inc()
             return
         self._job = job
-        self._waiting.append(encounter)
+        self._waiting.append((source, encounter))
 
     async def close(self) -> None:
         """Score what waits, and stop."""
@@ -63,9 +63,11 @@ class Shadow:
         if not self._waiting or self._job is None:
             return
         waiting, self._waiting = self._waiting, []
-        ids = [str(uuid_utils.uuid7()) for _ in waiting]
-        try:
-            await self._workers.run(batch.score_shadow, self._job, waiting, ids)
-        except Exception:
-            log.exception("the challenger scored nothing of %d requests", len(waiting))
-            self._telemetry.shadow_dropped.inc(len(waiting))
+        for source in sorted({source for source, _ in waiting}):
+            asked = [encounter for of, encounter in waiting if of == source]
+            ids = [str(uuid_utils.uuid7()) for _ in asked]
+            try:
+                await self._workers.run(batch.score_shadow, self._job, source, asked, ids)
+            except Exception:
+                log.exception("the challenger scored nothing of %d requests", len(asked))
+                self._telemetry.shadow_dropped.inc(len(asked))

@@ -79,6 +79,9 @@ class Upload:
             await self._submit(bytes(buffered))
         elif self._row == 1:
             raise ProblemError(422, "the CSV has a header but no rows; send encounters below it")
+        if not self._results:
+            # Before the answer begins: what fails at once is told by its status.
+            self._results.append(await self._running.popleft())
 
     def _take_header(self, buffered: bytearray, *, end: bool) -> None:
         stop = buffered.find(b"\n")

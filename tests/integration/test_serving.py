@@ -177,7 +177,7 @@ def test_reasons_add_up_to_the_risk(api: Api, language: str) -> None:
             assert reason["value"] in reason["text"]
     whole = api.post("/v1/explain?top=64", json=ENCOUNTER).json()
     assert whole["others"] == pytest.approx(0, abs=1e-9)
-    said = {"en": "odds", "es": "momios"}[language]
+    said = {"en": "the risk", "es": "el riesgo"}[language]
     assert said in answer["reasons"][0]["text"]
 
 
@@ -461,6 +461,7 @@ def test_a_second_service_on_the_same_state_ends_with_one_message(
         **registered.database.environment,
         "DIABETES_STATE_DIR": str(api.state),
         "DIABETES_API_PORT": "0",
+        "DIABETES_PREDICTION_LOG_KEY": "only for tests",
     }
     done = subprocess.run(
         [sys.executable, "-m", "serving"],
