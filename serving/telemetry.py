@@ -113,7 +113,7 @@ class Telemetry:
         self.model = Gauge(
             "model_info",
             "1 for the version that an alias serves",
-            ["alias", "model_version", "feature_sha256", "source"],
+            ["alias", "model_version", "feature_sha256"],
             registry=self.registry,
         )
         self.loaded = Gauge(
@@ -146,7 +146,7 @@ class Telemetry:
         )
         ProcessCollector(registry=self.registry)
 
-    def served(self, alias: str, version: str, feature_sha256: str, source: str) -> None:
+    def served(self, alias: str, version: str, feature_sha256: str) -> None:
         """Note which version an alias serves."""
         for labels in [
             tuple(sample.labels.values())
@@ -155,5 +155,5 @@ class Telemetry:
             if sample.labels["alias"] == alias
         ]:
             self.model.remove(*labels)
-        self.model.labels(alias, version, feature_sha256[:12], source).set(1)
+        self.model.labels(alias, version, feature_sha256[:12]).set(1)
         self.loaded.labels(alias).set(time.time())

@@ -59,12 +59,12 @@ def test_nothing_was_scored_yet() -> None:
 
 def test_an_alias_serves_one_version() -> None:
     made = Telemetry()
-    made.served("champion", "1", "a" * 64, "cache")
-    made.served("challenger", "2", "b" * 64, "registry")
-    made.served("champion", "2", "b" * 64, "registry")
+    made.served("champion", "1", "a" * 64)
+    made.served("challenger", "2", "b" * 64)
+    made.served("champion", "2", "b" * 64)
     assert samples(made, "model_info") == {
-        ("challenger", "bbbbbbbbbbbb", "2", "registry"): 1,
-        ("champion", "bbbbbbbbbbbb", "2", "registry"): 1,
+        ("challenger", "bbbbbbbbbbbb", "2"): 1,
+        ("champion", "bbbbbbbbbbbb", "2"): 1,
     }
     assert set(samples(made, "model_loaded_timestamp_seconds")) == {("champion",), ("challenger",)}
 
