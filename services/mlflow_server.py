@@ -76,8 +76,8 @@ class MlflowServer:
     @property
     def port(self) -> int | None:
         """The port of the server that runs; None where there is none."""
-        running = processes.find(self._state, _NAME)
-        return int(running[0].environ()["MLFLOW_PORT"]) if running else None
+        running = processes.environments(self._state, _NAME)
+        return int(running[0]["MLFLOW_PORT"]) if running else None
 
     @property
     def last_url(self) -> str:

@@ -174,8 +174,8 @@ class Platform:
 
     def _airflow_port(self, tracking_uri: str) -> int:
         """The port of the Airflow that runs; a free one if it has to be started, or anew."""
-        found = [processes.find(self._state, component) for component in COMPONENTS]
-        variables = [component[0].environ() for component in found if component]
+        found = [processes.environments(self._state, component) for component in COMPONENTS]
+        variables = [component[0] for component in found if component]
         if len(variables) == len(COMPONENTS) and all(
             known.get("MLFLOW_TRACKING_URI") == tracking_uri for known in variables
         ):

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -52,6 +53,15 @@ def find(state: Path, *names: str) -> list[psutil.Process]:
                 found.append(process)
         except (psutil.Error, OSError):
             continue  # ended meanwhile, or another user's
+    return found
+
+
+def environments(state: Path, name: str) -> list[dict[str, str]]:
+    """Variables of the processes of this name, children included."""
+    found = []
+    for process in find(state, name):
+        with suppress(psutil.Error, OSError):  # ended meanwhile
+            found.append(process.environ())
     return found
 
 

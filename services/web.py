@@ -40,8 +40,7 @@ class Web:
 
     def port(self, state: Path, preferred: int, environment: Mapping[str, str]) -> int:
         """The port it listens on, or will; one that knows old addresses is ended first."""
-        running = processes.find(state, self.name)
-        known = [process.environ() for process in running]
+        known = processes.environments(state, self.name)
         if known and all(
             variables.get(name) == environment.get(name)
             for variables in known

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
+from importlib.machinery import SourceFileLoader
 from itertools import repeat
 from pathlib import Path
 from types import ModuleType
@@ -282,10 +283,17 @@ def definition_sha256(definition: Mapping[str, Any]) -> str:
     return sha256(identity.encode()).hexdigest()
 
 
+class _Loader(SourceFileLoader):
+    """Leaves no bytecode beside the file: a model's folder stays what was stored."""
+
+    def set_data(self, path: str, data: bytes, *, _mode: int = 0o666) -> None:  # type: ignore[override]
+        """Write nothing."""
+
+
 def load_module(path: Path) -> ModuleType:
     """Import a Python file by its path, under a name that no other file can take."""
     name = f"readmission_{path.stem}_{abs(hash(path))}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path)))
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,16 @@ def _log_card(client: Any, run_id: str, evaluation: Evaluation) -> None:
         client.log_artifacts(run_id, str(folder), CARD)
 
 
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Mlflow imports the model's code from where it is about to store it."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
 def _log_model(run_id: str, folder: Path) -> Any:
     import mlflow
     import pandas as pd
@@ -210,7 +222,7 @@ def _log_model(run_id: str, folder: Path) -> Any:
         if column.type == DataType.double:
             example[column.name] = example[column.name].astype(float)
     code = Path(__file__).with_name("model_code.py")
-    with mlflow.start_run(run_id=run_id):
+    with mlflow.start_run(run_id=run_id), _no_bytecode():
         return mlflow.pyfunc.log_model(
             name="model",
             python_model=str(code),

@@ -483,6 +483,7 @@ def copied_version(
             monkeypatch.setenv(name, value)
         client.log_artifacts(run.info.run_id, str(original.of_run))
         client.log_artifacts(run.info.run_id, str(model), "model")
+        client.set_terminated(run.info.run_id)
     made = client.create_model_version(
         NAME,
         f"{run.info.artifact_uri}/model",
