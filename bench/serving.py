@@ -55,8 +55,8 @@ from services.postgres import PostgresError
 from services.processes import free_port
 from serving.errors import RegistryError
 from serving.records import ACCEPTED, MOST_ENCOUNTERS
-from serving.registry import NAME, Registry
-from settings import PROJECT_ROOT, Settings, settings
+from serving.registry import Registry
+from settings import PROJECT_ROOT, REGISTERED_MODEL, Settings, settings
 
 PREDICT, BATCH, INVOCATIONS = "/v1/predict", "/v1/predict/batch", "/invocations"
 CHALLENGER = "challenger"
@@ -533,7 +533,7 @@ class Bench:
         port = free_port(_PORT)
         command = [
             str(Path(sys.executable).with_name("mlflow")),
-            *("models", "serve", "-m", f"models:/{NAME}/{version}"),
+            *("models", "serve", "-m", f"models:/{REGISTERED_MODEL}/{version}"),
             *("--env-manager", "local", "-h", HOST, "-p", str(port)),
         ]
         environment = {
@@ -752,7 +752,7 @@ def find_versions(chosen: Settings) -> tuple[str, str]:
         raise BenchError(f"there is no model to measure: {error}") from error
     if champion is None:
         raise BenchError(
-            f"no version of {NAME} has the alias {chosen.api_alias} at "
+            f"no version of {REGISTERED_MODEL} has the alias {chosen.api_alias} at "
             f"{chosen.mlflow_tracking_uri}; train one first (make run)"
         )
     return champion["version"], challenger["version"] if challenger else ""
@@ -786,7 +786,7 @@ def measure(chosen: Settings, arguments: Sequence[str], rounds: int, seconds: fl
     return Results(
         replace(about, command=shlex.join(["python", "-m", "bench.serving", *arguments])),
         {
-            "name": NAME,
+            "name": REGISTERED_MODEL,
             "version": version,
             "candidate": champion.candidate,
             "challenger": challenger,

@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 
 import orjson
@@ -173,9 +174,9 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
         job = service.job(model, rate)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "text/csv":
-            upload = Upload(service.workers, job, service.check_log)
-            lines = await upload.receive(request.stream())
-            return StreamingResponse(_counted(service, lines), media_type="text/csv")
+            count = partial(service.count_batch, "csv")
+            upload = Upload(service.workers, job, service.check_log, count)
+            return StreamingResponse(await upload.receive(request.stream()), media_type="text/csv")
         if kind != "application/json":
             raise ProblemError(415, "send application/json (up to 10,000 encounters) or text/csv")
         try:
@@ -183,24 +184,13 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
         except records.RecordsError as error:
             status = 422 if error.faults else 400
             raise ProblemError(status, str(error), error.faults) from None
-        service.count("batch", scored=len(result.scores), excluded=result.excluded)
-        service.telemetry.scores.add(result.version, result.scores)
+        service.count_batch("batch", result)
         return Response(result.content, media_type="application/json")
 
 
 def _json(content: Any) -> Response:
     """An answer that is known to be right: checking each against its model costs more than it."""
     return Response(orjson.dumps(content), media_type="application/json")
-
-
-async def _counted(service: Service, results: AsyncIterator[batch.Result]) -> AsyncIterator[bytes]:
-    yield batch.CSV_HEADER
-    async for result in results:
-        service.count(
-            "csv", scored=len(result.scores), excluded=result.excluded, broken=result.broken
-        )
-        service.telemetry.scores.add(result.version, result.scores)
-        yield result.content
 
 
 def _add_model(app: FastAPI, service: Service) -> None:
@@ -225,7 +215,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
             feature_sha256=found.feature_sha256,
             git_commit=facts["git_commit"],
             environment_sha256=facts["environment_sha256"],
-            data={name: value for name, value in facts["data"].items() if name != "source"},
+            data=facts["data"],
             thresholds=found.scorer.thresholds,
             policy=found.scorer.scoring["policy"],
             metrics={split: facts[split]["metrics"] if facts[split] else None for split in splits},

@@ -161,8 +161,9 @@ def _score_encounters(
 def score_shadow(
     job: Job, source: str, encounters: Sequence[Mapping[str, Any]], ids: Sequence[str]
 ) -> int:
-    """Let the challenger score what single requests asked; return how many it scored."""
-    _log(job, _model(job.model), "challenger", source, records.columns(encounters), ids)
+    """Let the job's challenger alone score what single requests asked; return how many."""
+    assert job.shadow is not None  # noqa: S101  (nothing is collected for none)
+    _log(job, _model(job.shadow), "challenger", source, records.columns(encounters), ids)
     return len(ids)
 
 
@@ -272,10 +273,9 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def warm(folder: Path) -> int:
-    """Load a version before the first batch needs it; return the process' id."""
+def warm(folder: Path) -> None:
+    """Load a version before the first batch needs it."""
     _model(folder)
-    return os.getpid()
 
 
 class Workers:
@@ -316,7 +316,7 @@ class Workers:
             return await loop.run_in_executor(self._pool, work, *arguments)
 
     async def warm(self, folder: Path) -> None:
-        """Let every process load a version."""
+        """Let the processes load a version; one that is quick may take another's turn."""
         await asyncio.gather(*(self.run(warm, folder) for _ in range(self.count)))
 
     def close(self) -> None:

@@ -22,10 +22,7 @@ import requests
 
 from serving.errors import ModelRefusedError, RegistryError
 from serving.model import MODEL_FOLDER, Model
-from settings import PROJECT_ROOT, Settings
-
-NAME = "diabetes_readmission"
-"""Of the registered model."""
+from settings import PROJECT_ROOT, REGISTERED_MODEL, Settings
 
 PART = ".part"
 """Ending of a folder that a version is on its way into."""
@@ -64,7 +61,7 @@ class Registry:
         try:
             answer = self._session.get(
                 f"{self._uri}/api/2.0/mlflow/registered-models/alias",
-                params={"name": NAME, "alias": alias},
+                params={"name": REGISTERED_MODEL, "alias": alias},
                 timeout=timeout,
             )
             content = answer.json()
@@ -73,7 +70,7 @@ class Registry:
         if answer.ok:
             found = content["model_version"]
             return {
-                "name": NAME,
+                "name": REGISTERED_MODEL,
                 "alias": alias,
                 "version": str(found["version"]),
                 "run_id": found["run_id"],
@@ -137,7 +134,7 @@ def download(folder: Path) -> None:
     found = json.loads((folder / "version.json").read_text(encoding="utf-8"))
     model = Path(
         mlflow.artifacts.download_artifacts(
-            f"models:/{NAME}/{found['version']}", dst_path=str(folder / "download")
+            f"models:/{REGISTERED_MODEL}/{found['version']}", dst_path=str(folder / "download")
         )
     )
     stored = list(model.glob("artifacts/*/features.json"))

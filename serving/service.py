@@ -154,8 +154,8 @@ class Service:
         if self.log and not scored.excluded:
             made = batch.entry(model, scored, ids, role="champion", source=source, columns=columns)
             self.log.append(made)
-        if self.challenger and self.challenger.model:
-            self.shadow.add(self.job(self.challenger.model, rate), source, encounter)
+        if self.challenger:
+            self.shadow.add(self.job(model, rate), source, encounter)
         if scored.excluded:
             self.count(source, excluded=1)
         else:
@@ -168,6 +168,13 @@ class Service:
         for result, number in results.items():
             if number:
                 self.telemetry.rows.labels(source, result).inc(number)
+
+    def count_batch(self, source: str, result: batch.Result) -> None:
+        """Count what became of a scored part of a batch."""
+        self.count(
+            source, scored=len(result.scores), excluded=result.excluded, broken=result.broken
+        )
+        self.telemetry.scores.add(result.version, result.scores)
 
     def _on_copied(self, rows: int, seconds: float) -> None:
         self.telemetry.logged.inc(rows)

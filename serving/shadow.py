@@ -39,7 +39,9 @@ class Shadow:
         self._task = asyncio.create_task(self._work())
 
     def add(self, job: batch.Job, source: str, encounter: dict[str, Any]) -> None:
-        """Have one encounter scored by the challenger; it is left out if too many wait."""
+        """Have one encounter scored by the job's challenger; it is left out if too many wait."""
+        if job.shadow is None:  # none is registered yet
+            return
         if len(self._waiting) >= _MOST_WAITING:
             self._telemetry.shadow_dropped.inc()
             return

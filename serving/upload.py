@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Final
@@ -14,6 +15,7 @@ from serving.problems import ProblemError
 BLOCK_BYTES: Final = 200_000
 """About a thousand encounters: enough to be quick, little enough to be shared out."""
 LINE_LIMIT: Final = 1 << 16
+_IN_MEMORY = 4 << 20
 _AHEAD = 4
 """Blocks that wait for each worker."""
 
@@ -22,25 +24,36 @@ class Upload:
     """One CSV.
 
     Callers send all of it before they read what comes back, so it is scored while it is received,
-    and answers wait in memory: 40 bytes for each 190 of the file, at most.
+    and answers wait in a file of their own, of which only the first megabytes are in memory.
 
     Args:
         workers: who scores.
         job: with what.
         check: called before each block; raises where predictions can't be kept.
+        count: called with each scored part.
     """
 
-    def __init__(self, workers: batch.Workers, job: batch.Job, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        workers: batch.Workers,
+        job: batch.Job,
+        check: Callable[[], None],
+        count: Callable[[batch.Result], None],
+    ) -> None:
         self._workers = workers
         self._job = job
         self._check = check
+        self._count = count
         self._header: records.Header | None = None
         self._row = 1
         self._running: deque[asyncio.Task[batch.Result]] = deque()
-        self._results: list[batch.Result] = []
+        self._waiting = tempfile.SpooledTemporaryFile(  # noqa: SIM115 (closed when answered)
+            _IN_MEMORY
+        )
+        self._waiting.write(batch.CSV_HEADER)
 
-    async def receive(self, stream: AsyncIterator[bytes]) -> AsyncIterator[batch.Result]:
-        """Take the whole upload; give the results, in order, as they are ready.
+    async def receive(self, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Take the whole upload; give the answer, in order, as it is ready.
 
         Raises:
             ProblemError: 422 for a header that is none of ours, 400 for something else than CSV.
@@ -49,8 +62,7 @@ class Upload:
         try:
             await self._receive(stream)
         except BaseException as error:
-            for task in self._running:
-                task.cancel()
+            self._give_up()
             if isinstance(error, (ProblemError, LogFullError)):
                 # A caller that is still sending would not see an answer.
                 async for _ in stream:
@@ -79,9 +91,9 @@ class Upload:
             await self._submit(bytes(buffered))
         elif self._row == 1:
             raise ProblemError(422, "the CSV has a header but no rows; send encounters below it")
-        if not self._results:
+        if self._waiting.tell() == len(batch.CSV_HEADER):
             # Before the answer begins: what fails at once is told by its status.
-            self._results.append(await self._running.popleft())
+            self._waiting.write(await self._next())
 
     def _take_header(self, buffered: bytearray, *, end: bool) -> None:
         stop = buffered.find(b"\n")
@@ -102,15 +114,25 @@ class Upload:
         self._running.append(asyncio.create_task(work))
         self._row += block.count(b"\n")
         while len(self._running) > _AHEAD * self._workers.count:
-            self._results.append(await self._running.popleft())
+            self._waiting.write(await self._next())
 
-    async def _answers(self) -> AsyncIterator[batch.Result]:
+    async def _next(self) -> bytes:
+        """The answer to the block that was submitted first."""
+        result = await self._running.popleft()
+        self._count(result)
+        return result.content
+
+    async def _answers(self) -> AsyncIterator[bytes]:
         try:
-            for result in self._results:
-                yield result
-            self._results.clear()
+            self._waiting.seek(0)
+            while part := self._waiting.read(BLOCK_BYTES):
+                yield part
             while self._running:
-                yield await self._running.popleft()
+                yield await self._next()
         finally:
-            for task in self._running:
-                task.cancel()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        for task in self._running:
+            task.cancel()
+        self._waiting.close()

@@ -22,6 +22,9 @@ PUBLISHER_URL = (
 )
 PUBLISHER_CSV_SHA256 = "0689e7ec031237dc63031b938805c48377748761a3b26acab621567afa24df97"
 
+REGISTERED_MODEL = "diabetes_readmission"
+"""In MLflow's registry."""
+
 CLEAN_DATA = (
     "diabetes_train",
     "diabetes_validation",

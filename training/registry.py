@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 import psycopg2
 
+from settings import REGISTERED_MODEL
 from training import evaluate
 from training.data import connect
 from training.errors import TrainingError
@@ -22,7 +23,7 @@ from training.gates import Gate, worst_gap_growth
 from training.inference import Scorer
 from training.metrics import Scores, paired_difference
 
-MODEL = "diabetes_readmission"
+MODEL = REGISTERED_MODEL
 CHAMPION, CHALLENGER = "champion", "challenger"
 
 _TABLES = """
