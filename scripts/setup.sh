@@ -49,7 +49,7 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     fi
 fi
 
-echo "Installing ${locks[*]} (about 280 packages, 2 GB)"
+echo "Installing ${locks[*]} (about 240 packages, 2 GB)"
 requirements=()
 for lock in "${locks[@]}"; do
     requirements+=(-r "$lock")
