@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create .venv from the locked requirements; nothing to do where it is up to date.
+# Create .venv (or .venv-policy) from the locked requirements; nothing to do where it is up to date.
 set -euo pipefail
 
 usage() {
@@ -7,14 +7,22 @@ usage() {
 Usage: scripts/setup.sh [GROUP...]
 
 Installs requirements/GROUP.txt of each group (pipeline, training, serving, ui or dev; without any:
-all but dev, what `make run` needs) into .venv. PYTHON names the interpreter to use; it has to be Python 3.11.
+all but dev, what `make run` needs) into .venv; policy, alone, into .venv-policy. PYTHON names the
+interpreter to use; it has to be Python 3.11.
 TEXT
 }
 
 [ $# -gt 0 ] || set -- pipeline training serving ui
+venv=.venv
+[ "$*" != policy ] || venv=.venv-policy
 locks=()
 for group in "$@"; do
     case "$group" in
+        policy)
+            # checkov's pins fit nobody else's environment.
+            [ "$venv" = .venv-policy ] || { usage >&2; exit 2; }
+            locks+=(requirements/policy.txt)
+            ;;
         pipeline | training | serving | ui | dev) locks+=("requirements/$group.txt") ;;
         -h | --help) usage; exit 0 ;;
         *) usage >&2; exit 2 ;;
@@ -22,7 +30,7 @@ for group in "$@"; do
 done
 
 cd "$(dirname "$0")/.."
-mark=.venv/.installed-$(IFS=-; echo "$*")
+mark=$venv/.installed-$(IFS=-; echo "$*")
 digest=$(cat "${locks[@]}" | cksum)
 if [ -f "$mark" ] && [ "$(cat "$mark")" = "$digest" ]; then
     exit 0
@@ -40,24 +48,26 @@ find_python() {
     return 1
 }
 
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
-    echo "Creating .venv with $("$python" --version)"
-    if ! "$python" -m venv --clear .venv; then
+    echo "Creating $venv with $("$python" --version)"
+    if ! "$python" -m venv --clear "$venv"; then
         echo "error: '$python -m venv' failed; on Debian and Ubuntu install python3.11-venv" >&2
         exit 1
     fi
 fi
 
-echo "Installing ${locks[*]} (about 240 packages, 2 GB)"
+size="about 240 packages, 2 GB"
+[ "$venv" = .venv ] || size="about 100 packages, 300 MB"
+echo "Installing ${locks[*]} ($size)"
 requirements=()
 for lock in "${locks[@]}"; do
     requirements+=(-r "$lock")
 done
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes \
     -r requirements/uv.txt
 # uv installs ten times faster; pip knows mirrors that are set up for pip alone.
-.venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode \
+"$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --compile-bytecode \
     --require-hashes "${requirements[@]}" ||
-    .venv/bin/python -m pip install --disable-pip-version-check --require-hashes "${requirements[@]}"
+    "$venv/bin/python" -m pip install --disable-pip-version-check --require-hashes "${requirements[@]}"
 printf '%s\n' "$digest" >"$mark"
