@@ -18,8 +18,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import psycopg2
-from psycopg2 import sql
 
+from services.databases import ensure_databases
 from services.processes import free_port
 
 _SUPERUSER = "postgres"
@@ -117,17 +117,7 @@ class Postgres:
             )
         ) as connection:
             connection.autocommit = True
-            cursor = connection.cursor()
-            for name, password in owners.items():
-                cursor.execute("select 1 from pg_roles where rolname = %s", (name,))
-                role = sql.Identifier(name)
-                verb = sql.SQL("alter" if cursor.fetchone() else "create")
-                cursor.execute(
-                    sql.SQL("{} role {} login password %s").format(verb, role), (password,)
-                )
-                cursor.execute("select 1 from pg_database where datname = %s", (name,))
-                if not cursor.fetchone():
-                    cursor.execute(sql.SQL("create database {} owner {}").format(role, role))
+            ensure_databases(connection, owners)
 
     def _initialise(self, superuser_password: str) -> None:
         # An initdb that was interrupted leaves a folder that the next one refuses.

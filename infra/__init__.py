@@ -1,0 +1,1 @@
+"""Where the platform runs: images, manifests, jobs."""

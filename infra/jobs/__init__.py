@@ -1,0 +1,1 @@
+"""What the cluster runs beside the services: storage, migration, users, backups, a smoke test."""
