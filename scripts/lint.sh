@@ -4,7 +4,7 @@ set -euo pipefail
 
 case "${1:-}" in
     "") ;;
-    -h | --help) echo "Usage: scripts/lint.sh   (ruff, mypy, sqlfluff, shellcheck, yamllint)"; exit 0 ;;
+    -h | --help) echo "Usage: scripts/lint.sh   (ruff, mypy, sqlfluff, shellcheck, hadolint, yamllint)"; exit 0 ;;
     *) echo "Usage: scripts/lint.sh" >&2; exit 2 ;;
 esac
 
@@ -14,5 +14,6 @@ ruff check .
 ruff format --check .
 mypy
 (cd dbt_diabetes && sqlfluff lint --disable-progress-bar models tests analyses)
-shellcheck scripts/*.sh .ci/run
+shellcheck -x scripts/*.sh scripts/lib/*.sh infra/docker/*.sh .ci/run
+hadolint infra/docker/Dockerfile.*
 yamllint --strict .
