@@ -1,0 +1,733 @@
+"""PostgreSQL, SeaweedFS and MLflow as real processes, with the flags and the environment of the
+manifests, set up, backed up and restored by the commands of the manifests' Jobs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import boto3
+import botocore
+import psycopg2
+import pytest
+import requests
+from botocore.config import Config
+
+from services.postgres import Postgres, _as_unprivileged, _own
+from services.processes import free_port
+from tests.deploy.conftest import WEED, process, wait_for, weed_ports
+from tests.deploy.manifests import find, pod, render
+from tests.deploy.pods import PYTHON_PROGRAMS, Cluster
+
+OVERLAY = "overlays/seaweedfs"
+DATABASES = ("mlflow", "diabetes", "airflow")
+USERS = ("serving", "pipeline", "metrics")
+API = "api/2.0/mlflow"
+
+
+def password() -> str:
+    return secrets.token_hex(16)
+
+
+def made_secrets() -> dict[str, dict[str, str]]:
+    """What scripts/deploy.sh generates, as far as these pods read it."""
+    postgres = {f"{name}-password": password() for name in ("superuser", *DATABASES)}
+    uri = f"postgresql+psycopg2://mlflow:{postgres['mlflow-password']}@postgres:5432/mlflow"
+    login = textwrap.dedent(f"""\
+        [mlflow]
+        default_permission = READ
+        database_uri = {uri}
+        admin_username = admin
+        authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+        auth_cache_ttl_seconds = 60
+        """)
+    return {
+        "postgres-credentials": postgres,
+        "storage-credentials": {"access-key": "adminuser", "secret-key": password()},
+        "mlflow-credentials": {
+            "admin-password": password(),
+            "flask-secret-key": password(),
+            "backend-store-uri": uri,
+            "basic_auth.ini": login,
+            **{f"{name}-password": password() for name in USERS},
+        },
+    }
+
+
+@dataclass(slots=True, repr=False)
+class Trio:
+    """The three servers.
+
+    Attributes:
+        cluster: what they are made of.
+        postgres_port, url, storage_url: where they listen.
+        log: of MLflow.
+        mlflow: its process.
+    """
+
+    cluster: Cluster
+    postgres_port: int
+    url: str
+    storage_url: str
+    log: Path
+    mlflow: subprocess.Popen[bytes]
+
+    @property
+    def address(self) -> str:
+        return self.url.removeprefix("http://")
+
+    def login(self, user: str) -> tuple[str, str]:
+        return user, self.cluster.secrets["mlflow-credentials"][f"{user}-password"]
+
+    def call(
+        self, method: str, path: str, user: str = "pipeline", **arguments: Any
+    ) -> requests.Response:
+        return requests.request(
+            method, f"{self.url}/{path}", auth=self.login(user), timeout=60, **arguments
+        )
+
+    def storage(self) -> Any:
+        keys = self.cluster.secrets["storage-credentials"]
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.storage_url,
+            aws_access_key_id=keys["access-key"],
+            aws_secret_access_key=keys["secret-key"],
+            region_name="us-east-1",
+        )
+
+    def job(self, name: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return self.cluster.process("Job", name, **variables).run()
+
+    def python(self, user: str, script: str, **variables: str) -> str:
+        """What a client of MLflow prints, with the environment that the manifests give to it."""
+        name, its_password = self.login(user)
+        client = find(self.cluster.objects, "ConfigMap", "mlflow-client")["data"]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
+            env={
+                "PATH": os.environ["PATH"],
+                "HOME": str(self.cluster.folder),
+                **client,
+                "MLFLOW_TRACKING_URI": self.url,
+                "MLFLOW_TRACKING_USERNAME": name,
+                "MLFLOW_TRACKING_PASSWORD": its_password,
+                **variables,
+            },
+            cwd=self.cluster.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def connect(self, database: str) -> psycopg2.extensions.connection:
+        connection = psycopg2.connect(
+            host="127.0.0.1",
+            port=self.postgres_port,
+            user=database,
+            dbname=database,
+            password=self.cluster.secrets["postgres-credentials"][f"{database}-password"],
+        )
+        connection.autocommit = True
+        return connection
+
+    def rows(self, database: str, query: str) -> list[tuple[Any, ...]]:
+        with closing(self.connect(database)) as connection:
+            cursor = connection.cursor()
+            cursor.execute(query)
+            return cursor.fetchall() if cursor.description else []
+
+    def content(self, database: str) -> dict[str, tuple[int, str]]:
+        """Number of rows and checksum of each table."""
+        tables = self.rows(
+            database,
+            "select format('%I.%I', schemaname, tablename) from pg_tables "
+            "where schemaname not in ('pg_catalog', 'information_schema') order by 1",
+        )
+        found = {}
+        for (table,) in tables:
+            rows = self.rows(database, f"select t::text from {table} t order by 1")
+            digest = hashlib.sha256("\n".join(row for (row,) in rows).encode()).hexdigest()
+            found[table] = (len(rows), digest)
+        return found
+
+    def start_mlflow(self, **variables: str) -> None:
+        server = self.cluster.process("Deployment", "mlflow", **variables)
+        with self.log.open("ab") as output:
+            self.mlflow = subprocess.Popen(
+                server.command,
+                env=server.environment,
+                cwd=self.cluster.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        wait_for(self.mlflow, lambda: requests.get(f"{self.url}/health", timeout=5).ok, self.log)
+
+    def stop_mlflow(self) -> float:
+        """SIGTERM; how long it took."""
+        began = time.monotonic()
+        self.mlflow.terminate()
+        self.mlflow.wait(self.grace("Deployment", "mlflow"))
+        return time.monotonic() - began
+
+    def grace(self, kind: str, name: str) -> int:
+        spec = pod(find(self.cluster.objects, kind, name))
+        assert spec is not None
+        return int(spec["terminationGracePeriodSeconds"])
+
+
+@contextmanager
+def running_postgres(cluster: Cluster, binaries: Path, port: int) -> Iterator[None]:
+    """The StatefulSet postgres, as its image starts it: initdb at the first start, then the server.
+
+    PostgreSQL refuses root, so it runs as nobody here.
+    """
+    server = cluster.process("StatefulSet", "postgres")
+    log = cluster.folder / "postgres.log"
+    log.touch()
+    for path in (cluster.folder / "postgres").rglob("*"):
+        _own(path)
+    data = Path(server.environment["PGDATA"])
+    for folder in (data.parent, data):
+        folder.mkdir(parents=True, exist_ok=True)
+        _own(folder)
+    initialise = [
+        str(binaries / "initdb"),
+        f"--pgdata={data}",
+        "--username=postgres",
+        f"--pwfile={server.environment['POSTGRES_PASSWORD_FILE']}",
+        *server.environment["POSTGRES_INITDB_ARGS"].split(),
+    ]
+    subprocess.run(
+        [*_as_unprivileged(), *initialise], cwd="/", stdout=subprocess.DEVNULL, check=True
+    )
+    command = [*_as_unprivileged(), str(binaries / server.command[0]), *server.command[1:]]
+    with process(command, server.environment, log) as running:
+        try:
+            ready = [str(binaries / "pg_isready"), "--quiet", "--host=127.0.0.1", f"--port={port}"]
+            wait_for(running, lambda: not subprocess.run(ready, check=False).returncode, log)
+            yield
+        finally:
+            running.send_signal(signal.SIGINT)  # the image's STOPSIGNAL
+            running.wait(60)
+
+
+@pytest.fixture(scope="module")
+def trio(reachable_tmp: Path) -> Iterator[Trio]:
+    """The three, set up by the Jobs, with MLflow's users."""
+    folder = reachable_tmp / "trio"
+    folder.mkdir()
+    binaries = Postgres(folder)._binaries
+    # MLflow binds its port late: another run of these tests must not choose the same.
+    postgres, mlflow = (free_port(start + os.getpid() % 500) for start in (31500, 31000))
+    ports = weed_ports()
+    s3 = ports["s3.port"]
+    cluster = Cluster(
+        render(OVERLAY),
+        made_secrets(),
+        folder,
+        programs=(PYTHON_PROGRAMS, binaries),
+        fields={"status.podIP": "127.0.0.1"},
+        # All that differs from the cluster, beside folders for mounts.
+        table={
+            r"@postgres:5432\b": f"@127.0.0.1:{postgres}",
+            r"//minio:9000\b": f"//127.0.0.1:{s3}",
+            r"//mlflow:5000\b": f"//127.0.0.1:{mlflow}",
+            r":5000\b": f":{mlflow}",
+            r"^--port=5000$": f"--port={mlflow}",
+            r"^--host=0\.0\.0\.0$": "--host=127.0.0.1",
+            r"^-ip(\.bind)?=.*": r"-ip\1=127.0.0.1",
+            r"^-s3\.port=9000$": f"-s3.port={s3}",
+            r"^-admin\.port=9001$": f"-admin.port={ports['admin.port']}",
+            r"^-metricsPort=9327$": f"-metricsPort={free_port(32000 + os.getpid() % 500)}",
+        },
+        appended={
+            "postgres": [
+                *("-c", "listen_addresses=127.0.0.1"),
+                *("-c", "unix_socket_directories="),
+                *("-c", f"port={postgres}"),
+            ],
+            "minio": [
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
+                *(f"-{name}={port}" for name, port in ports.items()),
+            ],
+        },
+    )
+    platform = find(cluster.objects, "ConfigMap", "platform")["data"]
+    platform |= {"POSTGRES_HOST": "127.0.0.1", "POSTGRES_PORT": str(postgres)}
+    with ExitStack() as stack:
+        stack.enter_context(running_postgres(cluster, binaries, postgres))
+        weed = cluster.process("StatefulSet", "minio")
+        log = folder / "minio.log"
+        running = stack.enter_context(
+            process([str(WEED), *weed.command[1:]], weed.environment, log)
+        )
+        url = f"http://127.0.0.1:{s3}"
+        # 403 to who has no login, as soon as it serves.
+        wait_for(running, lambda: requests.get(url, timeout=5).status_code == 403, log)
+        made = Trio(
+            cluster, postgres, f"http://127.0.0.1:{mlflow}", url, folder / "mlflow.log", running
+        )
+        for name in ("init-storage", "mlflow-migrate"):
+            done = made.job(name)
+            assert done.returncode == 0, done.stderr
+        made.start_mlflow()
+        try:
+            done = made.job("mlflow-users")
+            assert done.returncode == 0, done.stderr
+            yield made
+        finally:
+            made.stop_mlflow()
+
+
+# --- storage --------------------------------------------------------------------------------
+
+
+def test_storage_refuses_who_has_no_login_or_a_wrong_one(trio: Trio) -> None:
+    client = trio.storage()
+    client.put_object(Bucket="mlflow", Key="secret", Body=b"secret")
+    anonymous = boto3.session.Session().client(
+        "s3",
+        endpoint_url=trio.storage_url,
+        region_name="us-east-1",
+        config=Config(signature_version=botocore.UNSIGNED),
+    )
+    wrong = boto3.session.Session().client(
+        "s3",
+        endpoint_url=trio.storage_url,
+        region_name="us-east-1",
+        aws_access_key_id="adminuser",
+        aws_secret_access_key="wrong",
+    )
+    for stranger in (anonymous, wrong):
+        for attempt in (
+            lambda stranger=stranger: stranger.list_buckets(),
+            lambda stranger=stranger: stranger.list_objects_v2(Bucket="mlflow"),
+            lambda stranger=stranger: stranger.get_object(Bucket="mlflow", Key="secret"),
+            lambda stranger=stranger: stranger.put_object(Bucket="mlflow", Key="x", Body=b""),
+            lambda stranger=stranger: stranger.delete_object(Bucket="mlflow", Key="secret"),
+        ):
+            with pytest.raises(botocore.exceptions.ClientError, match=r"AccessDenied|Signature"):
+                attempt()
+    assert client.get_object(Bucket="mlflow", Key="secret")["Body"].read() == b"secret"
+
+
+def test_jobs_run_again_change_nothing(trio: Trio) -> None:
+    for name in ("init-storage", "mlflow-migrate", "mlflow-users"):
+        done = trio.job(name)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip().endswith("nothing to do")
+
+
+# --- MLflow: who may, from where ------------------------------------------------------------
+
+
+def test_every_named_host_is_let_in_and_no_other(trio: Trio) -> None:
+    data = find(trio.cluster.objects, "ConfigMap", "platform")["data"]
+    port = trio.address.rpartition(":")[2]
+    named = f"{data['MLFLOW_CLUSTER_HOSTS']},{data['MLFLOW_ENTRY_HOSTS']}".split(",")
+    assert len(named) > 6
+    search = f"{API}/experiments/search?max_results=1"
+
+    def status(host: str) -> int:
+        return trio.call("GET", search, headers={"Host": host}).status_code
+
+    for host in named:
+        assert status(re.sub(":5000$", f":{port}", host)) == 200, host
+    for host in ("evil.example", f"evil.example:{port}", "mlflow", "mlflow.evil.example:5000"):
+        assert status(host) == 403, host
+    # The probes name no host that is known, and log in nowhere.
+    assert requests.get(f"{trio.url}/health", headers={"Host": "10.0.0.1"}, timeout=30).ok
+
+
+def test_origins_of_the_ways_in_may_write_and_others_may_not(trio: Trio) -> None:
+    data = find(trio.cluster.objects, "ConfigMap", "platform")["data"]
+
+    def status(origin: str) -> int:
+        path = f"{API}/experiments/search"
+        body = {"max_results": 1}
+        return trio.call("POST", path, json=body, headers={"Origin": origin}).status_code
+
+    for origin in data["MLFLOW_ENTRY_ORIGINS"].split(","):
+        assert status(origin) == 200, origin
+    assert status("http://evil.example") == 403
+
+
+def test_nobody_gets_in_without_a_login_or_with_a_wrong_one(trio: Trio) -> None:
+    for path in (f"{API}/experiments/search?max_results=1", "metrics", "", "api/3.0/mlflow/x"):
+        for auth in (None, ("serving", "wrong"), ("nobody", "wrong"), ("admin", "password1234")):
+            answer = requests.get(f"{trio.url}/{path}", auth=auth, timeout=30)
+            assert answer.status_code == 401, (path, auth)
+
+
+def test_passwords_are_on_no_command_line_and_in_no_log(trio: Trio) -> None:
+    server = trio.cluster.process("Deployment", "mlflow")
+    said = [*server.command, trio.log.read_text()]
+    for values in trio.cluster.secrets.values():
+        for name, value in values.items():
+            if name not in ("access-key", "basic_auth.ini"):
+                assert not [text for text in said if value in text], name
+
+
+def test_metrics_need_the_login_and_have_figures(trio: Trio) -> None:
+    trio.call("GET", f"{API}/experiments/search?max_results=1")
+    answer = trio.call("GET", "metrics", "metrics")
+    assert answer.status_code == 200
+    lines = answer.text.splitlines()
+    (count,) = (
+        float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if line.startswith('mlflow_http_request_total{method="GET",status="200"}')
+    )
+    assert count > 0
+
+
+def test_users_get_the_passwords_and_rights_of_the_secret(trio: Trio) -> None:
+    kept = trio.login("serving")
+    admin = {"json": {"username": "serving", "is_admin": True}}
+    assert trio.call("PATCH", f"{API}/users/update-admin", "admin", **admin).ok
+    done = trio.job("mlflow-users", SERVING_PASSWORD="another password")
+    assert (done.returncode, done.stdout) == (0, "made or mended: serving\n"), done.stderr
+
+    def answer(*auth: str) -> requests.Response:
+        return requests.get(f"{trio.url}/{API}/users/current", auth=auth, timeout=30)
+
+    assert answer(*kept).status_code == 401
+    assert answer("serving", "another password").json()["user"]["is_admin"] is False
+    assert trio.job("mlflow-users").returncode == 0
+    assert answer(*kept).ok
+    done = trio.job("mlflow-users", MLFLOW_TRACKING_PASSWORD="wrong")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: MLflow refuses the password of admin: it keeps the one")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def logged(trio: Trio) -> dict[str, str]:
+    """A run with a registered model, logged by the user `pipeline`."""
+    said = trio.python(
+        "pipeline",
+        """
+        import json, mlflow
+        from sklearn.linear_model import LogisticRegression
+        client = mlflow.MlflowClient()
+        mlflow.set_experiment("of this test")
+        with mlflow.start_run() as run:
+            mlflow.log_param("kind", "logistic")
+            mlflow.log_metric("auc", 0.75)
+            model = LogisticRegression().fit([[0.0], [1.0]], [0, 1])
+            mlflow.sklearn.log_model(model, name="model", registered_model_name="of_this_test",
+                pip_requirements=[], serialization_format="cloudpickle")
+        client.set_registered_model_alias("of_this_test", "champion", "1")
+        print(json.dumps({"run": run.info.run_id, "experiment": run.info.experiment_id}))
+        """,
+    )
+    found: dict[str, str] = json.loads(said.splitlines()[-1])
+    return found
+
+
+LOAD = """
+    import mlflow
+    model = mlflow.sklearn.load_model("models:/of_this_test@champion")
+    run = mlflow.get_run(mlflow.MlflowClient().get_model_version("of_this_test", "1").run_id)
+    print(model.predict([[-9.0], [9.0]]).tolist(), run.data.params, run.data.metrics)
+"""
+LOADED = "[0, 1] {'kind': 'logistic'} {'auc': 0.75}"
+
+
+def test_registered_model_is_loaded_by_who_may_only_read(
+    trio: Trio, logged: dict[str, str]
+) -> None:
+    assert trio.python("serving", LOAD).splitlines()[-1] == LOADED
+
+
+def test_serving_may_read_and_may_not_write(trio: Trio, logged: dict[str, str]) -> None:
+    run, experiment = logged["run"], logged["experiment"]
+    artifact = "api/2.0/mlflow-artifacts/artifacts"
+    root = trio.call("GET", f"{API}/runs/get?run_id={run}").json()["run"]["info"]["artifact_uri"]
+    place = f"{artifact}/{root.removeprefix('mlflow-artifacts:/')}/x.txt"
+    writes: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", f"{API}/experiments/create", {"json": {"name": "new"}}),
+        ("POST", f"{API}/experiments/delete", {"json": {"experiment_id": experiment}}),
+        ("POST", f"{API}/runs/create", {"json": {"experiment_id": experiment}}),
+        ("POST", f"{API}/runs/delete", {"json": {"run_id": run}}),
+        ("POST", f"{API}/runs/set-tag", {"json": {"run_id": run, "key": "a", "value": "b"}}),
+        ("POST", f"{API}/registered-models/create", {"json": {"name": "new"}}),
+        ("DELETE", f"{API}/registered-models/delete", {"json": {"name": "of_this_test"}}),
+        (
+            "POST",
+            f"{API}/registered-models/alias",
+            {"json": {"name": "of_this_test", "alias": "champion", "version": "1"}},
+        ),
+        ("POST", f"{API}/users/create", {"json": {"username": "new", "password": "x" * 12}}),
+        ("PUT", place, {"data": b"x"}),
+        ("DELETE", place, {}),
+    ]
+    for user in ("serving", "metrics"):
+        for method, path, arguments in writes:
+            answer = trio.call(method, path, user, **arguments)
+            assert answer.status_code == 403, (user, method, path, answer.text)
+    # Not refused for being wrong in itself: whoever may, can.
+    method, path, arguments = writes[4]
+    assert trio.call(method, path, **arguments).ok
+    assert trio.call("PUT", place, data=b"x").ok
+    assert trio.call("DELETE", place).ok
+    assert trio.call("GET", f"{API}/runs/get?run_id={run}", "serving").ok
+
+
+MULTIPART = """
+    import hashlib, mlflow, os, sys
+    client = mlflow.MlflowClient()
+    found = client.get_experiment_by_name("large")
+    experiment = found.experiment_id if found else client.create_experiment("large")
+    run = client.create_run(experiment).info.run_id
+    content = os.urandom(24 * 1024**2)
+    open("large.bin", "wb").write(content)
+    client.log_artifact(run, "large.bin")
+    os.remove("large.bin")
+    back = open(client.download_artifacts(run, "large.bin", os.getcwd()), "rb").read()
+    assert back == content, "another artifact came back"
+    print(client.get_run(run).info.artifact_uri)
+"""
+
+
+@pytest.mark.parametrize("by", ["server", "client"])
+def test_artifact_of_many_parts_goes_up_and_down(trio: Trio, by: str) -> None:
+    # By the manifests the server cuts it into parts; a client that reaches the storage may.
+    variables = (
+        {}
+        if by == "server"
+        else {
+            "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true",
+            "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "true",
+            "MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE": str(8 * 1024**2),
+            "MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE": str(8 * 1024**2),
+        }
+    )
+    root = trio.python("pipeline", MULTIPART, **variables).splitlines()[-1]
+    prefix = f"artifacts/{root.removeprefix('mlflow-artifacts:/')}/"
+    (kept,) = trio.storage().list_objects_v2(Bucket="mlflow", Prefix=prefix)["Contents"]
+    assert kept["Size"] == 24 * 1024**2
+    assert kept["ETag"].strip('"').endswith("-3")  # parts of 8 MiB
+
+
+def test_smoke_test_passes_and_leaves_nothing(trio: Trio) -> None:
+    before = trio.storage().list_objects_v2(Bucket="mlflow")["KeyCount"]
+    done = task(trio, "smoke-test").process("Job", "smoke-test").run()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("MLflow works: a run with an artifact of 12 MiB logged,")
+    assert trio.storage().list_objects_v2(Bucket="mlflow")["KeyCount"] == before
+
+
+def test_smoke_test_says_when_artifacts_cannot_be_stored(trio: Trio) -> None:
+    port = free_port(32000 + os.getpid() % 500)
+    table = {
+        pattern: re.sub(r"\b" + trio.address.rpartition(":")[2], str(port), text)
+        for pattern, text in trio.cluster.table.items()
+    }
+    url = f"http://127.0.0.1:{port}"
+    cluster = replace(trio.cluster, table=table)
+    other = replace(trio, cluster=cluster, url=url, log=trio.log.with_suffix(".other.log"))
+    other.start_mlflow(AWS_SECRET_ACCESS_KEY="wrong")
+    try:
+        job = task(other, "smoke-test")
+        done = job.process("Job", "smoke-test", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1").run()
+    finally:
+        other.stop_mlflow()
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: MLflow at {url} can't store an artifact: ")
+
+
+def task(trio: Trio, name: str) -> Cluster:
+    """A task that a script starts by itself, beside what runs."""
+    maps = [item for item in trio.cluster.objects if item["kind"] == "ConfigMap"]
+    return replace(trio.cluster, objects=[*render(f"tasks/{name}"), *maps])
+
+
+def test_terminated_server_ends_in_time_and_a_new_one_knows_everything(
+    trio: Trio, logged: dict[str, str]
+) -> None:
+    upload = "api/2.0/mlflow-artifacts/artifacts"
+    uri = trio.call("GET", f"{API}/runs/get?run_id={logged['run']}").json()
+    place = uri["run"]["info"]["artifact_uri"].removeprefix("mlflow-artifacts:/")
+
+    def slowly() -> Iterator[bytes]:
+        yield b"first half, "
+        trio.mlflow.terminate()
+        time.sleep(2)
+        yield b"second half"
+
+    # What is under way when the signal comes is brought to its end.
+    assert trio.call("PUT", f"{upload}/{place}/slow.txt", data=slowly()).status_code == 200
+    assert trio.stop_mlflow() < trio.grace("Deployment", "mlflow") - 5
+    with pytest.raises(ProcessLookupError):
+        os.killpg(trio.mlflow.pid, 0)  # nor is there a child of it
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{trio.url}/health", timeout=5)
+
+    trio.start_mlflow()
+    assert trio.call("GET", f"{upload}/{place}/slow.txt").text == "first half, second half"
+    assert trio.python("serving", LOAD).splitlines()[-1] == LOADED
+    for user in (*USERS, "admin"):
+        assert trio.call("GET", f"{API}/users/current", user).json()["user"]["username"] == user
+
+
+def test_server_refuses_tables_of_another_version_and_the_job_says_why(trio: Trio) -> None:
+    ((head,),) = trio.rows("mlflow", "select version_num from alembic_version")
+    trio.rows("mlflow", "update alembic_version set version_num = 'ffffffffffff'")
+    try:
+        done = trio.job("mlflow-migrate")
+        server = trio.cluster.process("Deployment", "mlflow").run(timeout=60)
+    finally:
+        trio.rows("mlflow", f"update alembic_version set version_num = '{head}'")
+    assert done.returncode == 1
+    assert "error: the tables are of a newer MLflow than this image's" in done.stderr
+    assert server.returncode != 0
+    assert "ffffffffffff" in server.stderr
+
+
+# --- backup and restore ---------------------------------------------------------------------
+
+
+def backup(trio: Trio, use: str) -> None:
+    for name in ("dump", "upload"):
+        done = trio.cluster.process("CronJob", "postgres-backup", name, use=use).run()
+        assert done.returncode == 0, done.stderr
+
+
+def restore(trio: Trio, use: str) -> list[subprocess.CompletedProcess[str]]:
+    """Containers of the restore, one after the other, until one fails."""
+    done = []
+    for name in ("fetch", "restore"):
+        done.append(
+            task(trio, "postgres-restore").process("Job", "postgres-restore", name, use=use).run()
+        )
+        if done[-1].returncode:
+            break
+    return done
+
+
+FILL = """
+create schema raw_data;
+create table raw_data.encounters (id bigint generated always as identity primary key,
+    patient text not null, at timestamptz not null default '2026-01-01', figures jsonb);
+create index on raw_data.encounters (patient);
+insert into raw_data.encounters (patient, figures)
+    select 'ünï ' || n, jsonb_build_object('n', n, 'text', repeat(E'a\\tb\\n', n % 5))
+    from generate_series(1, 20000) n;
+create view raw_data.some as select * from raw_data.encounters where id < 10;
+create function raw_data.twice(n integer) returns integer language sql as 'select 2 * n';
+"""
+
+
+@pytest.fixture(scope="module")
+def filled(trio: Trio, logged: dict[str, str]) -> dict[str, dict[str, tuple[int, str]]]:
+    """Content of all databases, after rows of every kind came into each."""
+    for name in ("diabetes", "airflow"):
+        trio.rows(name, FILL)
+    content = {name: trio.content(name) for name in DATABASES}
+    assert content["diabetes"]["raw_data.encounters"][0] == 20_000
+    assert content["mlflow"]["public.model_versions"][0] == 1
+    assert content["mlflow"]["public.users"][0] == 4
+    return content
+
+
+def test_restore_brings_back_every_row_of_every_database(
+    trio: Trio, filled: dict[str, dict[str, tuple[int, str]]]
+) -> None:
+    backup(trio, "backup")
+    # A day of work, a migration and a mishap later.
+    trio.rows("diabetes", "delete from raw_data.encounters where id % 2 = 0")
+    trio.rows("diabetes", "update raw_data.encounters set patient = 'wrong'")
+    trio.rows("diabetes", "create table raw_data.newer (number integer)")
+    trio.rows("airflow", "drop schema raw_data cascade")
+    trio.rows("mlflow", "update experiments set name = name || ' (changed)'")
+    trio.rows("mlflow", "create schema newer; create table newer.more (number integer)")
+    assert {name: trio.content(name) for name in DATABASES} != filled
+
+    trio.stop_mlflow()  # as scripts/restore.sh does with all that write
+    for done in restore(trio, "restore"):
+        assert done.returncode == 0, done.stderr
+    assert {name: trio.content(name) for name in DATABASES} == filled
+    # Not rows alone: identities go on, views and functions work, owners are owners.
+    (fresh,) = trio.rows(
+        "diabetes", "insert into raw_data.encounters (patient) values ('next') returning id"
+    )
+    assert fresh == (20_001,)
+    assert trio.rows("diabetes", "select count(*), raw_data.twice(2) from raw_data.some") == [
+        (9, 4)
+    ]
+    trio.rows("diabetes", "delete from raw_data.encounters where patient = 'next'")
+    trio.start_mlflow()
+    assert trio.python("serving", LOAD).splitlines()[-1] == LOADED
+
+
+def test_damaged_dump_is_refused_before_anything_is_touched(
+    trio: Trio, filled: dict[str, dict[str, tuple[int, str]]]
+) -> None:
+    backup(trio, "backup-to-damage")
+    trio.rows("diabetes", "create table raw_data.since (number integer)")
+    before = {name: trio.content(name) for name in DATABASES}
+    client = trio.storage()
+    keys = [item["Key"] for item in client.list_objects_v2(Bucket="backups")["Contents"]]
+    (damaged,) = (key for key in sorted(keys)[-4:] if key.endswith("diabetes.dump"))
+    body = bytearray(client.get_object(Bucket="backups", Key=damaged)["Body"].read())
+    body[len(body) // 2] ^= 1
+    client.put_object(Bucket="backups", Key=damaged, Body=bytes(body))
+    try:
+        done = restore(trio, "restore-damaged")
+        assert [step.returncode for step in done] == [1]
+        assert f"error: backups/{damaged} is damaged: expected" in done[0].stderr
+        assert {name: trio.content(name) for name in DATABASES} == before
+    finally:
+        trio.rows("diabetes", "drop table raw_data.since")
+        for key in sorted(keys)[-4:]:
+            client.delete_object(Bucket="backups", Key=key)
+
+
+def test_restore_that_fails_half_way_leaves_the_database_as_it_was(
+    trio: Trio, filled: dict[str, dict[str, tuple[int, str]]]
+) -> None:
+    trio.rows("diabetes", "create table raw_data.last (number integer)")
+    backup(trio, "backup-unfit")
+    dump = trio.cluster.folder / "backup-unfit" / "backup" / "diabetes.dump"
+    assert dump.exists()
+    before = trio.content("diabetes")
+    use = trio.cluster.folder / "restore-unfit" / "backup"
+    use.mkdir(parents=True)
+    content = dump.read_bytes()
+    (use / "diabetes.dump").write_bytes(content[: len(content) - len(content) // 3])
+    job = task(trio, "postgres-restore")
+    done = job.process("Job", "postgres-restore", "restore", use="restore-unfit").run()
+    assert done.returncode != 0
+    assert trio.content("diabetes") == before
+
+
+def test_dump_that_fails_ends_the_backup_before_anything_is_uploaded(trio: Trio) -> None:
+    process = trio.cluster.process(
+        "CronJob", "postgres-backup", "dump", use="backup-failing", AIRFLOW_PASSWORD="wrong"
+    )
+    done = process.run()
+    assert done.returncode != 0
+    assert "password authentication failed" in done.stderr
