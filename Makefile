@@ -1,6 +1,6 @@
 # Thin on purpose: every target calls a script or a package.
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down test lint docs bench screenshots lock
+.PHONY: help setup run up down test lint docs bench deploy undeploy screenshots lock
 
 PYTHON_BIN := .venv/bin/python
 
@@ -21,10 +21,11 @@ down: setup ## Stop everything that run or up started; data stay
 
 test: ## Set up and run lint and all tests
 	@scripts/setup.sh dev
+	@scripts/setup.sh policy
 	@scripts/lint.sh
 	@$(PYTHON_BIN) -m pytest
 
-lint: ## Static checks: ruff, mypy, sqlfluff, shellcheck, yamllint
+lint: ## Static checks: ruff, mypy, sqlfluff, shellcheck, hadolint, yamllint
 	@scripts/setup.sh dev
 	@scripts/lint.sh
 
@@ -36,6 +37,12 @@ bench: ## Measure ingestion, dbt, the DAGs, training, serving and the baselines
 	@$(PYTHON_BIN) -m bench
 	@$(PYTHON_BIN) -m bench.training
 	@$(PYTHON_BIN) -m bench.serving
+
+deploy: ## Build the images and bring the platform up on MicroK8s (OPTIONS="--help")
+	@scripts/deploy.sh $(OPTIONS)
+
+undeploy: ## Remove what deploy made; data stay (OPTIONS="--help")
+	@scripts/cleanup.sh $(OPTIONS)
 
 screenshots: ## Take the pictures of README with headless Chromium
 	@scripts/setup.sh dev
