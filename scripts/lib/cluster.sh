@@ -275,13 +275,15 @@ not_ready() {
             explain "$workload"
         fi
     done
-    fail "not ready after $LIMIT s: ${late[*]:-$*}; the reasons stand above. Mend them, or give more" \
+    # What was late may have made it meanwhile.
+    [ ${#late[@]} -gt 0 ] || return 0
+    fail "not ready after $LIMIT s: ${late[*]}; the reasons stand above. Mend them, or give more" \
         "time with DEPLOY_TIMEOUT, then run this again (more: kubectl --namespace $NAMESPACE" \
-        "describe ${late[0]:-$1})"
+        "describe ${late[0]})"
 }
 
-# For each pod its phase; why it has no node; for each
-# container why it waits, how it ended, how it ended before, or that it runs without being ready.
+# Of each pod: its phase, and why it has no node; of each container: why it waits, how it ended, how it
+# ended before, or that it runs without being ready.
 POD_REASONS='{{define "container"}}{{$c := .name}}
 {{- with .state.waiting}}  container {{$c}} waits: {{.reason}} {{with .message}}{{.}}{{end}}{{"\n"}}{{end}}
 {{- with .state.terminated}}{{if .exitCode}}  container {{$c}} ended: {{.reason}}, exit code {{.exitCode}} {{with .message}}{{.}}{{end}}{{"\n"}}{{end}}{{end}}
