@@ -167,6 +167,7 @@ class Behaviour:
         message: what the pod's status says of it.
         fails: a Job's pod ends with exit code 1; another's is never ready.
         stuck: it runs, but is never ready and never ends.
+        started: its startup probe has succeeded though.
         log: what its containers have written.
         image: only pods with this image fare so.
     """
@@ -177,6 +178,7 @@ class Behaviour:
     message: str = ""
     fails: bool = False
     stuck: bool = False
+    started: bool = False
     log: str = ""
     image: str = ""
 
@@ -869,7 +871,9 @@ def _move_pod(cluster: Cluster, pod: Object, behaviour: Behaviour, *, of_job: bo
     status: Object = {"phase": "Running"}
     at_fault: tuple[Object, Object] = ({}, {})
     if early or behaviour.stuck or good:
-        states = _container_states(main, running, ready=good and not of_job, started=good)
+        states = _container_states(
+            main, running, ready=good and not of_job, started=good or behaviour.started
+        )
         firsts = _container_states(first, done, ready=True)
         if good and of_job:
             status["phase"] = "Succeeded"
