@@ -411,7 +411,8 @@ install_airflow() {
     attempt "unlock release $HELM_RELEASE" ask delete secrets --ignore-not-found \
         -l "owner=helm,name=$HELM_RELEASE,status in (pending-install,pending-upgrade,pending-rollback)" >"$work/deleted"
     if "${HELM[@]}" history "$HELM_RELEASE" --max 1 -o json >"$work/history" 2>"$work/stderr" &&
-        grep -Eq '"status": ?"deployed"' "$work/history" && grep -Fq "\"$mark\"" "$work/history"; then
+        grep -Eq '"status": ?"deployed"' "$work/history" && grep -Fq "\"$mark\"" "$work/history" &&
+        [ -n "$(list deployments -l "release=$HELM_RELEASE")" ]; then
         say "      release $HELM_RELEASE is up to date"
     else
         run_long "${HELM[@]}" upgrade --install "$HELM_RELEASE" airflow \

@@ -80,14 +80,16 @@ job=""
 # Image and settings of the backups are those of the restore, whatever lies in infra/k8s by now.
 of_backups() {
     attempt "look at cronjob postgres-backup" ask get cronjob postgres-backup -o \
-        "jsonpath={.spec.jobTemplate.spec.template.spec.containers[?(@.name==\"upload\")]$1}"
+        "jsonpath={.spec.jobTemplate.spec.template.spec.$1}"
 }
 
 # render PATCH: the Job of infra/k8s/tasks/postgres-restore with lines of JSON patch added.
 render() {
-    local folder=.run/deploy/$overlay/postgres-restore image platform
-    image=$(of_backups .image) || exit
-    platform=$(of_backups '.envFrom[*].configMapRef.name') || exit
+    local folder=.run/deploy/$overlay/postgres-restore image dump_image platform
+    image=$(of_backups 'containers[?(@.name=="upload")].image') || exit
+    # pg_restore reads no dump of a newer pg_dump.
+    dump_image=$(of_backups 'initContainers[?(@.name=="dump")].image') || exit
+    platform=$(of_backups 'containers[?(@.name=="upload")].envFrom[*].configMapRef.name') || exit
     mkdir -p "$folder"
     cat >"$work/kustomization.yaml" <<YAML
 # Written by scripts/restore.sh; it is written anew at every run.
@@ -98,6 +100,7 @@ resources:
   - ../../../../infra/k8s/tasks/postgres-restore
 images:
   - {name: diabetes-mlflow, newName: "${image%:*}", newTag: "${image##*:}"}
+  - {name: postgres, newName: "${dump_image%:*}", newTag: "${dump_image##*:}"}
 patches:
   - target: {kind: Job, name: postgres-restore}
     patch: |-
@@ -135,7 +138,8 @@ stop_writers() {
         attempt "scale $workload" ask scale "${workload,,}" --replicas=0 >"$work/scaled"
     done <<<"$all"
     wait_until_gone pods -l 'app.kubernetes.io/name in (mlflow,api)'
-    # The pods of tasks are nobody's replicas.
+    # The pods of tasks are nobody's replicas; the scheduler may start one until it is gone.
+    wait_until_gone pods -l "release=$HELM_RELEASE,component=scheduler"
     remove pods -l "release=$HELM_RELEASE"
 }
 # shellcheck disable=SC2016  # the template's variables

@@ -105,6 +105,12 @@ find_kubectl() {
 find_helm() {
     if command -v helm >/dev/null; then
         HELM=(helm)
+        if [ "${KUBECTL[0]}" = microk8s ]; then
+            # MicroK8s' own kubectl knows its cluster; Helm has to be told.
+            microk8s config >"$work/kubeconfig" 2>"$work/stderr" ||
+                fail "microk8s config failed: $(reason)"
+            HELM=(env "KUBECONFIG=$work/kubeconfig" helm)
+        fi
     elif command -v microk8s >/dev/null; then
         HELM=(microk8s helm3)
     else

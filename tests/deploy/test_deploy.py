@@ -6,16 +6,19 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
 
+from settings import PROJECT_ROOT
 from tests.deploy.apiserver import KINDS, NODE_IP, Behaviour, Fault, Key, Object, Request, running
 from tests.deploy.desk import NAMESPACE, Desk, Run, Saved, ended, kill, settled
 from tests.deploy.manifests import KUBECTL
@@ -616,3 +619,29 @@ def test_production_takes_the_secrets_that_are_there(desk: Desk, first: First) -
     containers = image["spec"]["template"]["spec"]["containers"]
     assert containers[0]["image"].startswith("registry.example/team/diabetes-mlflow:")
     assert "https://mlflow.diabetes.example" in run.out
+
+
+def test_helm_is_told_where_the_cluster_of_microk8s_is(tmp_path: Path) -> None:
+    # As docs/operations.md installs it: MicroK8s with its own kubectl, and a Helm beside it.
+    for tool in ("bash", "cat", "env", "mktemp", "rm"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or tool)
+    for name, body in (("microk8s", 'echo "known to $1"'), ("helm", 'cat "$KUBECONFIG"')):
+        (tmp_path / name).write_text(f"#!{tmp_path}/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = """
+        set -euo pipefail
+        source scripts/lib/cluster.sh
+        find_kubectl
+        context=microk8s
+        find_helm
+        "${HELM[@]}" list
+    """
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=PROJECT_ROOT,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "known to config\n", "")
