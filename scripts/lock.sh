@@ -6,7 +6,7 @@ usage() {
     cat <<'TEXT'
 Usage: scripts/lock.sh [--upgrade]
 
-Writes requirements/{uv,pipeline,training,airflow,serving,serving-image,mlflow,ui,dev,policy}.txt with exact
+Writes requirements/{uv,pipeline,training,monitoring,loadtest,airflow,serving,serving-image,mlflow,ui,dev,policy}.txt with exact
 versions and hashes, no index addresses, wheels only (but for checkov, which has none). Keeps the
 versions that stand there unless --upgrade is given.
 TEXT
@@ -32,7 +32,7 @@ lock() {
 
 lock --group pyproject.toml:dev --output-file requirements/dev.txt
 # The smaller files take the versions of the largest, so that all fit into one environment.
-for group in pipeline training airflow serving mlflow ui; do
+for group in pipeline training monitoring loadtest airflow serving mlflow ui; do
     lock --group "pyproject.toml:$group" --constraint requirements/dev.txt \
         --output-file "requirements/$group.txt"
 done

@@ -6,13 +6,13 @@ usage() {
     cat <<'TEXT'
 Usage: scripts/setup.sh [GROUP...]
 
-Installs requirements/GROUP.txt of each group (pipeline, training, serving, ui or dev; without any:
+Installs requirements/GROUP.txt of each group (pipeline, training, monitoring, loadtest, serving, ui or dev; without any:
 all but dev, what `make run` needs) into .venv; policy, alone, into .venv-policy. PYTHON names the
 interpreter to use; it has to be Python 3.11.
 TEXT
 }
 
-[ $# -gt 0 ] || set -- pipeline training serving ui
+[ $# -gt 0 ] || set -- pipeline training monitoring serving ui
 venv=.venv
 [ "$*" != policy ] || venv=.venv-policy
 locks=()
@@ -23,7 +23,7 @@ for group in "$@"; do
             [ "$venv" = .venv-policy ] || { usage >&2; exit 2; }
             locks+=(requirements/policy.txt)
             ;;
-        pipeline | training | serving | ui | dev) locks+=("requirements/$group.txt") ;;
+        pipeline | training | monitoring | loadtest | serving | ui | dev) locks+=("requirements/$group.txt") ;;
         -h | --help) usage; exit 0 ;;
         *) usage >&2; exit 2 ;;
     esac
