@@ -19,6 +19,8 @@ from serving.telemetry import Telemetry
 BODY_LIMIT = 64 << 10
 JSON_BATCH_LIMIT = 32 << 20
 BATCH = "/v1/predict/batch"
+SHED_PAUSE = 0.5
+"""Seconds until a caller hears that there is no room."""
 
 _GUARDED = "/v1/"
 _DOCS = ("/docs", "/redoc")
@@ -89,6 +91,7 @@ class Guard:
         self._timeout = timeout
         self._csv_limit = csv_limit
         self._serving = 0
+        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
@@ -107,13 +110,17 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *_headers(path)]
             await send(message)
 
-        self._serving += 1
-        self._telemetry.in_flight.set(self._serving)
+        guarded = path.startswith(_GUARDED)
+        shed = guarded and self._serving >= self._most
+        self._count(0 if shed else 1)
         try:
-            refusal = self._refusal(scope) if path.startswith(_GUARDED) else None
-            if refusal is not None:
+            if shed:
+                await self._shed(scope, receive, send_guarded)
+            elif guarded and (refusal := self._refusal(scope)):
                 await refusal(scope, receive, send_guarded)
             else:
+                if guarded:
+                    await self._next()
                 await self._app(scope, self._limited(scope, receive), send_guarded)
         except Exception as error:
             # Where it was and of what type: its message could quote what the caller sent, and the
@@ -123,21 +130,42 @@ class Guard:
             if not begun:
                 raise
         finally:
-            self._serving -= 1
-            self._telemetry.in_flight.set(self._serving)
+            self._count(0 if shed else -1)
             # The template, not the path: a caller could make up any number of those.
             route = getattr(scope.get("route"), "path", "none")
             self._telemetry.requests.labels(route, _method(scope), str(status)).inc()
             self._telemetry.seconds.labels(route).observe(time.perf_counter() - begin)
 
+    async def _next(self) -> None:
+        """Wait until it is this request's turn: one after the other, in the order they came.
+
+        To score an encounter awaits nothing. A request that is all there would be answered before
+        the next one is so much as read, so one at a time would be counted however many wait in
+        their sockets, and none refused. Before each, the loop reads what has come meanwhile.
+        """
+        async with self._turn:
+            await asyncio.sleep(0)
+
+    async def _shed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse for want of room.
+
+        Not at once: callers who ask again as soon as they are refused would take up most of the
+        time, and what has been let in would be answered at a quarter of the usual rate.
+        """
+        self._telemetry.shed.inc()
+        await asyncio.sleep(SHED_PAUSE)
+        refusal = problems.response(
+            503,
+            f"{self._most} requests are being served; try again in a second",
+            headers={"Retry-After": "1"},
+        )
+        await refusal(scope, receive, send)
+
+    def _count(self, change: int) -> None:
+        self._serving += change
+        self._telemetry.in_flight.set(self._serving)
+
     def _refusal(self, scope: Scope) -> ASGIApp | None:
-        if self._serving > self._most:
-            self._telemetry.shed.inc()
-            return problems.response(
-                503,
-                f"{self._most} requests are being served; try again in a second",
-                headers={"Retry-After": "1"},
-            )
         headers = dict(scope["headers"])
         if self._keys and not self._known(headers):
             return problems.response(

@@ -16,9 +16,16 @@ from fastapi.responses import StreamingResponse
 from prometheus_client import generate_latest
 from starlette.types import Message
 
-from serving import problems
+from serving import guard, problems
 from serving.errors import ServingError
-from serving.guard import BATCH, BODY_LIMIT, CARD, JSON_BATCH_LIMIT, Guard, read_keys
+from serving.guard import (
+    BATCH,
+    BODY_LIMIT,
+    CARD,
+    JSON_BATCH_LIMIT,
+    Guard,
+    read_keys,
+)
 from serving.prediction_log import LogFullError
 from serving.telemetry import Telemetry
 
@@ -249,6 +256,61 @@ def test_too_many_at_once_are_told_to_come_again() -> None:
     text = generate_latest(telemetry.registry).decode()
     assert "\nhttp_requests_shed_total 1.0\n" in text
     assert "\nhttp_requests_in_flight 0.0\n" in text
+
+
+def test_requests_that_await_nothing_are_counted_all_the_same() -> None:
+    """A prediction is answered in one go: nobody else gets a turn meanwhile."""
+    app, telemetry = guarded(most=3)
+    ended: list[int] = []
+
+    async def one(number: int) -> Answer:
+        answer = await ask(app, "/v1/predict", "POST", pieces=[b"x" * number])
+        ended.append(number)
+        return answer
+
+    async def crowd() -> list[Answer]:
+        return await asyncio.gather(*(one(number) for number in range(10)))
+
+    answers = asyncio.run(crowd())
+    assert [answer.status for answer in answers] == [200] * 3 + [503] * 7
+    assert [answer.body for answer in answers[:3]] == [b"0", b"1", b"2"]
+    assert ended[:3] == [0, 1, 2]  # as they came
+    text = generate_latest(telemetry.registry).decode()
+    assert "\nhttp_requests_shed_total 7.0\n" in text
+    assert "\nhttp_requests_in_flight 0.0\n" in text
+
+
+def test_health_does_not_queue() -> None:
+    app, _ = guarded(most=9)
+    ended: list[str] = []
+
+    async def one(path: str) -> None:
+        assert (await ask(app, path)).status == 200
+        ended.append(path)
+
+    async def crowd() -> None:
+        await asyncio.gather(*(one("/v1/model/x") for _ in range(9)), one("/livez"))
+
+    asyncio.run(crowd())
+    assert ended[0] == "/livez"
+
+
+def test_who_is_refused_waits_and_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SHED_PAUSE", 1.0)
+    app, telemetry = guarded(most=1)
+    get(app, "/v1/model/x")  # FastAPI has work of its own at the first
+
+    async def crowd() -> list[Answer]:
+        first, *refused = [asyncio.create_task(ask(app, "/v1/model/x")) for _ in range(6)]
+        served = await first
+        # Five wait for their refusal, and there is room for one.
+        after = await ask(app, "/v1/model/x")
+        assert "\nhttp_requests_in_flight 0.0\n" in generate_latest(telemetry.registry).decode()
+        assert not any(each.done() for each in refused)
+        return [served, after, *await asyncio.gather(*refused)]
+
+    statuses = [answer.status for answer in asyncio.run(crowd())]
+    assert statuses == [200, 200, *[503] * 5]
 
 
 def test_every_answer_has_the_safe_headers() -> None:
