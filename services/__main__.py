@@ -11,6 +11,7 @@ from ingestion.errors import IngestionError
 from services.airflow import AirflowError
 from services.dbt import DbtError
 from services.mlflow_server import MlflowError
+from services.observability import ObservabilityError
 from services.platform import Platform
 from services.postgres import PostgresError
 from services.web import WebError
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         DbtError,
         AirflowError,
         MlflowError,
+        ObservabilityError,
         TrainingError,
         WebError,
     ) as error:

@@ -24,6 +24,7 @@ from settings import PROJECT_ROOT, Settings
 
 COMPONENTS = ("api-server", "scheduler", "dag-processor", "triggerer")
 ADMIN = "admin"
+STATSD_PORT = "AIRFLOW__METRICS__STATSD_PORT"
 FINISHED = frozenset({"success", "failed", "upstream_failed", "skipped", "removed"})
 
 
@@ -32,9 +33,23 @@ class AirflowError(Exception):
 
 
 def environment(
-    chosen: Settings, secrets: Secrets, postgres_port: int, airflow_port: int, tracking_uri: str
+    chosen: Settings,
+    secrets: Secrets,
+    postgres_port: int,
+    airflow_port: int,
+    tracking_uri: str,
+    statsd_port: int | None = None,
 ) -> dict[str, str]:
-    """Every variable that Airflow, Cosmos, dbt, MLflow and our packages need, for any process."""
+    """Every variable that Airflow, Cosmos, dbt, MLflow and our packages need, for any process.
+
+    Args:
+        chosen: the settings.
+        secrets: of the state folder.
+        postgres_port: of the embedded server.
+        airflow_port: of Airflow's API server.
+        tracking_uri: of MLflow.
+        statsd_port: UDP port of the exporter that Airflow counts for; None where there is none.
+    """
     home = chosen.state_dir / "airflow"
 
     def database(name: str) -> str:
@@ -85,9 +100,21 @@ def environment(
         "AIRFLOW__COSMOS__DBT_DOCS_PROJECTS": json.dumps(documentation),
         "AIRFLOW__COSMOS__ENABLE_TELEMETRY": "False",
         **client_environment(tracking_uri),
+        **(statsd_environment(statsd_port) if statsd_port else {}),
         "DO_NOT_TRACK": "1",
         "SCARF_ANALYTICS": "false",
         "DBT_SEND_ANONYMOUS_USAGE_STATS": "False",
+    }
+
+
+def statsd_environment(port: int) -> dict[str, str]:
+    """With which Airflow sends its metrics, tags as InfluxDB writes them, to this UDP port."""
+    return {
+        "AIRFLOW__METRICS__STATSD_ON": "True",
+        "AIRFLOW__METRICS__STATSD_HOST": "127.0.0.1",
+        STATSD_PORT: str(port),
+        "AIRFLOW__METRICS__STATSD_PREFIX": "airflow",
+        "AIRFLOW__METRICS__STATSD_INFLUXDB_ENABLED": "True",
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import requests
@@ -109,6 +111,11 @@ class MlflowServer:
             f"--allowed-hosts={','.join(hosts)}",
             f"--cors-allowed-origins={','.join(f'http://{host}' for host in hosts)}",
         ]
+        if find_spec("prometheus_flask_exporter"):
+            # A file a process, which counts what processes that have ended counted: begin anew.
+            metrics = self._home / "metrics"
+            shutil.rmtree(metrics, ignore_errors=True)
+            command.append(f"--expose-prometheus={metrics}")
         # What the user's shell tells MLflow, its client above all, is not meant for this server.
         inherited = {
             name: value

@@ -14,12 +14,13 @@ from ingestion.errors import IngestionError, SourceUnreachableError
 from ingestion.load import loaded_origins
 from ingestion.source import Source, obtain
 from services import dbt, processes
-from services.airflow import ADMIN, COMPONENTS, Airflow, environment
+from services.airflow import ADMIN, COMPONENTS, STATSD_PORT, Airflow, environment
 from services.mlflow_server import MlflowServer, check
+from services.observability import Observability
 from services.postgres import Postgres, address
 from services.report import champion, champion_version, summary
 from services.state import Secrets, write_shell_environment
-from services.web import API, PAGE, Web, served_version
+from services.web import API, EXPORTER, PAGE, Web, answers, served_version
 from settings import PROJECT_ROOT, PUBLISHER_URL, Settings
 
 DAG_ID = "diabetes_data_processing"
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Platform:
-    """PostgreSQL, MLflow, Airflow, dbt, prediction API and page of one state folder.
+    """PostgreSQL, MLflow, Airflow, dbt, prediction API, page and metrics of one state folder.
 
     Args:
         chosen: the settings; `state_dir` is the folder.
@@ -45,21 +46,24 @@ class Platform:
         self._secrets = Secrets(self._state)
         self._postgres = Postgres(self._state)
         self._environment: dict[str, str] = {}
+        self._urls: dict[str, str] = {}
 
     def up(self) -> Airflow:
         """Start what is not running and return the healthy Airflow.
 
         Raises:
-            PostgresError, MlflowError, DbtError, AirflowError, WebError: what did not start, and
-                where its log is.
+            PostgresError, MlflowError, DbtError, AirflowError, WebError, ObservabilityError: what
+                did not start, and where its log is.
         """
+        observability = Observability(self._settings)
         postgres_port = self.start_postgres()
         _say_where("PostgreSQL", postgres_port, self._settings.db_port)
         # It starts while dbt parses and Airflow starts, and is waited for below.
         tracking_uri, mlflow = self._start_mlflow(postgres_port)
-        airflow_port = self._airflow_port(tracking_uri)
+        statsd_port = observability.start_statsd(self._known_statsd_port())
+        airflow_port = self._airflow_port(tracking_uri, statsd_port)
         self._environment = environment(
-            self._settings, self._secrets, postgres_port, airflow_port, tracking_uri
+            self._settings, self._secrets, postgres_port, airflow_port, tracking_uri, statsd_port
         )
         web = self._start_web()
         write_shell_environment(self._state / "env.sh", self._environment)
@@ -77,6 +81,8 @@ class Platform:
         for service, port, preferred in web:
             service.wait_until_up(self._state, port)
             _say_where(service.title, port, preferred)
+        ports = {service.name: port for service, port, _ in web}
+        self._start_observability(observability, postgres_port, ports, mlflow)
         return airflow
 
     def _start_web(self) -> list[tuple[Web, int, int]]:
@@ -89,7 +95,35 @@ class Platform:
             variables[f"DIABETES_{'API' if service is API else 'UI'}_URL"] = (
                 f"http://127.0.0.1:{port}"
             )
-        return started
+        variables["DIABETES_AIRFLOW_URL"] = variables["AIRFLOW__API__BASE_URL"]
+        variables["DIABETES_AIRFLOW_USER"] = ADMIN
+        variables["DIABETES_AIRFLOW_PASSWORD"] = self._secrets["admin"]
+        port = EXPORTER.port(self._state, chosen.exporter_port, variables)
+        EXPORTER.start(self._state, port, variables)
+        return [*started, (EXPORTER, port, chosen.exporter_port)]
+
+    def _start_observability(
+        self,
+        observability: Observability,
+        postgres_port: int,
+        ports: dict[str, int],
+        mlflow: MlflowServer | None,
+    ) -> None:
+        """Start Prometheus and its company on what is there by now."""
+        self._postgres.ensure_monitor(
+            postgres_port, self._secrets["postgres"], self._secrets["monitoring"]
+        )
+        targets = {
+            "api": f"127.0.0.1:{ports[API.name]}",
+            "pipeline": f"127.0.0.1:{ports[EXPORTER.name]}",
+        }
+        # A server that is not ours is watched by those whose it is.
+        if mlflow and answers(f"{mlflow.last_url}/metrics"):
+            targets["mlflow"] = f"127.0.0.1:{mlflow.port}"
+        observability.start(postgres_port, self._secrets["monitoring"], targets)
+        self._urls = observability.urls
+        for name, url in self._urls.items():
+            log.info("%s: %s", name, url)
 
     def start_postgres(self) -> int:
         """Start the embedded PostgreSQL with our databases if it is down; return its port."""
@@ -117,8 +151,8 @@ class Platform:
 
         Raises:
             IngestionError: the source can't be used.
-            PostgresError, MlflowError, DbtError, AirflowError, WebError: a service did not start
-                or answer.
+            PostgresError, MlflowError, DbtError, AirflowError, WebError, ObservabilityError: a
+                service did not start or answer.
         """
         source = self._available_source()
         airflow = self.up()
@@ -172,16 +206,24 @@ class Platform:
             return given, None
         return server.start(self._settings.mlflow_port), server
 
-    def _airflow_port(self, tracking_uri: str) -> int:
+    def _known_statsd_port(self) -> int | None:
+        """The UDP port that the Airflow that runs sends its metrics to, if it does."""
+        known = processes.environments(self._state, COMPONENTS[0])
+        port = known[0].get(STATSD_PORT) if known else None
+        return int(port) if port else None
+
+    def _airflow_port(self, tracking_uri: str, statsd_port: int | None) -> int:
         """The port of the Airflow that runs; a free one if it has to be started, or anew."""
         found = [processes.environments(self._state, component) for component in COMPONENTS]
         variables = [component[0] for component in found if component]
+        statsd = str(statsd_port) if statsd_port else None
         if len(variables) == len(COMPONENTS) and all(
-            known.get("MLFLOW_TRACKING_URI") == tracking_uri for known in variables
+            known.get("MLFLOW_TRACKING_URI") == tracking_uri and known.get(STATSD_PORT) == statsd
+            for known in variables
         ):
             return int(variables[0]["AIRFLOW__API__PORT"])
         if any(found):
-            log.info("Airflow: ending its processes: one is missing, or MLflow has moved")
+            log.info("Airflow: ending its processes: one is missing, or a neighbour has moved")
             processes.stop(self._state, *COMPONENTS)
         return processes.free_port(self._settings.airflow_port)
 
@@ -270,6 +312,8 @@ class Platform:
         log.info("Airflow   %s/dags", airflow.url)
         log.info("          login %s, password %s", ADMIN, self._secrets["admin"])
         log.info("MLflow    %s", uri)
+        for name, url in self._urls.items():
+            log.info("Alerts    %s (%s)", url, name)
         log.info("dbt docs  %s/cosmos/diabetes/dbt_docs_index.html", airflow.url)
         log.info("          (also in Airflow's menu Browse; readable without login)")
         log.info("By hand   source %s/env.sh; cd dbt_diabetes; dbt build", self._state)

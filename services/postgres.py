@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import psycopg2
 
-from services.databases import ensure_databases
+from services.databases import ensure_databases, ensure_monitor
 from services.processes import free_port
 
 _SUPERUSER = "postgres"
@@ -118,6 +118,20 @@ class Postgres:
         ) as connection:
             connection.autocommit = True
             ensure_databases(connection, owners)
+
+    def ensure_monitor(self, port: int, superuser_password: str, password: str) -> None:
+        """Create the role `monitoring`, which reads the server's statistics and no table."""
+        with closing(
+            psycopg2.connect(
+                host="127.0.0.1",
+                port=port,
+                user=_SUPERUSER,
+                password=superuser_password,
+                dbname="postgres",
+            )
+        ) as connection:
+            connection.autocommit = True
+            ensure_monitor(connection, password)
 
     def _initialise(self, superuser_password: str) -> None:
         # An initdb that was interrupted leaves a folder that the next one refuses.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,16 @@ def start(
         )
     # It is to outlive us: tell Popen that there is nothing to wait for, or it would warn.
     process.returncode = 0
+    _wait_for_mark(process.pid)
+
+
+def _wait_for_mark(pid: int, timeout: float = 1.0) -> None:
+    """Wait until `find` finds it: a program's environment shows a moment after it was started."""
+    deadline = time.monotonic() + timeout
+    with suppress(psutil.Error, OSError):  # ended meanwhile
+        process = psutil.Process(pid)
+        while MARK not in process.environ() and time.monotonic() < deadline:
+            time.sleep(0.001)
 
 
 def find(state: Path, *names: str) -> list[psutil.Process]:

@@ -20,6 +20,7 @@ _NAMES = (
     "jwt",
     "fernet",
     "identifiers",
+    "monitoring",
 )
 
 

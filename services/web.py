@@ -1,4 +1,4 @@
-"""The prediction API and the page on the local machine."""
+"""The prediction API, the page and the pipeline's exporter on the local machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from services import processes
 
 
 class WebError(Exception):
-    """The API or the page did not start; the message says where its log is."""
+    """One of them did not start; the message says where its log is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Web:
         port_variable: the setting that tells it where to listen.
         health: path that answers 200 as soon as it serves.
         depends_on: variables whose change means that it has to be started anew.
+        arguments: of the package.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Web:
     port_variable: str
     health: str
     depends_on: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
 
     def port(self, state: Path, preferred: int, environment: Mapping[str, str]) -> int:
         """The port it listens on, or will; one that knows old addresses is ended first."""
@@ -53,7 +55,7 @@ class Web:
     def start(self, state: Path, port: int, environment: Mapping[str, str]) -> None:
         """Start it if it is down."""
         if not processes.find(state, self.name):
-            command = [sys.executable, "-m", self.package]
+            command = [sys.executable, "-m", self.package, *self.arguments]
             variables = {**os.environ, **environment, self.port_variable: str(port)}
             processes.start(self.name, command, state, variables, self._log(state))
 
@@ -86,6 +88,15 @@ API = Web(
     "DIABETES_API_PORT",
     "/livez",
     ("MLFLOW_TRACKING_URI", *_DATABASE),
+)
+EXPORTER = Web(
+    "pipeline-exporter",
+    "Pipeline's exporter",
+    "monitoring",
+    "DIABETES_EXPORTER_PORT",
+    "/metrics",
+    (*_DATABASE, "DIABETES_AIRFLOW_URL", "DIABETES_AIRFLOW_PASSWORD"),
+    ("exporter",),
 )
 PAGE = Web("page", "Page", "ui", "DIABETES_UI_PORT", "/_stcore/health", ("DIABETES_API_URL",))
 

@@ -74,6 +74,7 @@ class Registry:
                 "alias": alias,
                 "version": str(found["version"]),
                 "run_id": found["run_id"],
+                "registered_at": _seconds(found.get("creation_timestamp")),
                 "tags": {tag["key"]: tag.get("value", "") for tag in found.get("tags", [])},
             }
         if content.get("error_code") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -155,6 +156,14 @@ def download(folder: Path) -> None:
 def _tell(what: str) -> None:
     sys.stdout.write(f"{what}\n")
     sys.stdout.flush()
+
+
+def _seconds(milliseconds: Any) -> float | None:
+    """Seconds since the epoch, where MLflow says so."""
+    try:
+        return float(milliseconds) / 1000
+    except (TypeError, ValueError):
+        return None
 
 
 def _short(error: BaseException) -> str:

@@ -81,7 +81,13 @@ class Service:
         """In the keeper's thread: names to the log, metrics, and the workers warmed."""
         if self.log:
             self.log.describe(model.version, model.feature_sha256, model.feature_names)
-        self.telemetry.served(keeper.alias, model.version, model.feature_sha256)
+        self.telemetry.served(
+            keeper.alias,
+            model.version,
+            model.feature_sha256,
+            # Not of a copy that an older release of ours left in the cache.
+            model.about.get("registered_at"),
+        )
         asyncio.run_coroutine_threadsafe(self._warm(model), loop)
 
     async def _warm(self, model: Model) -> None:
@@ -182,11 +188,34 @@ class Service:
 
     def _log_state(self) -> list[tuple[str, str, float]]:
         assert self.log is not None  # noqa: S101  (registered only then)
+        try:
+            disk = shutil.disk_usage(self.log.folder)
+        except OSError:
+            sizes = []  # what the other values say is told all the same
+        else:
+            sizes = [
+                (
+                    "prediction_log_disk_free_bytes",
+                    "Free on the file system that the spool lies on",
+                    float(disk.free),
+                ),
+                (
+                    "prediction_log_disk_size_bytes",
+                    "Size of the file system that the spool lies on",
+                    float(disk.total),
+                ),
+            ]
         return [
+            *sizes,
             (
                 "prediction_log_spool_bytes",
                 "Predictions on disk that wait for the database",
                 float(self.log.pending_bytes),
+            ),
+            (
+                "prediction_log_spool_files",
+                "Closed files of the spool that queue for the database",
+                float(sum(1 for _ in self.log.folder.glob("*.ready"))),
             ),
             (
                 "prediction_log_spool_limit_bytes",

@@ -16,6 +16,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from serving.model import Floats
 
@@ -122,6 +123,12 @@ class Telemetry:
             ["alias"],
             registry=self.registry,
         )
+        self.trained = Gauge(
+            "model_trained_timestamp_seconds",
+            "When the version that is served was registered, which ends its training",
+            ["alias"],
+            registry=self.registry,
+        )
         self.outcomes = Counter(
             "model_loads_total",
             "Versions tried, by result: swapped, refused (self-test), failed (download)",
@@ -146,14 +153,31 @@ class Telemetry:
         )
         ProcessCollector(registry=self.registry)
 
-    def served(self, alias: str, version: str, feature_sha256: str) -> None:
-        """Note which version an alias serves."""
+    def served(
+        self, alias: str, version: str, feature_sha256: str, registered_at: float | None = None
+    ) -> None:
+        """Note which version an alias serves.
+
+        Args:
+            alias: of the registry.
+            version: that takes over.
+            feature_sha256: of its features' definition.
+            registered_at: seconds since the epoch when it was registered, if that is known.
+        """
         for labels in [
             tuple(sample.labels.values())
-            for metric in self.model.collect()
-            for sample in metric.samples
+            for sample in self._samples(self.model)
             if sample.labels["alias"] == alias
         ]:
             self.model.remove(*labels)
         self.model.labels(alias, version, feature_sha256[:12]).set(1)
         self.loaded.labels(alias).set(time.time())
+        if registered_at is not None:
+            self.trained.labels(alias).set(registered_at)
+        elif any(sample.labels["alias"] == alias for sample in self._samples(self.trained)):
+            # Nothing is better than the age of the version before.
+            self.trained.remove(alias)
+
+    @staticmethod
+    def _samples(gauge: Gauge) -> list[Sample]:
+        return [sample for metric in gauge.collect() for sample in metric.samples]

@@ -111,6 +111,32 @@ class Settings(BaseSettings):
     api_key: SecretStr = Field(SecretStr(""), description="The key with which the page asks")
     ui_host: str = Field("127.0.0.1", description="Address that the page listens on")
     ui_port: int = Field(8501, description="Preferred port of the page")
+    exporter_host: str = Field(
+        "127.0.0.1", description="Address that the pipeline's exporter listens on"
+    )
+    exporter_port: int = Field(9210, description="Preferred port of the pipeline's exporter")
+    airflow_url: str = Field(
+        "", description="Airflow whose runs the exporter tells of; empty: it tells of none"
+    )
+    airflow_user: str = Field("admin", description="Login there")
+    airflow_password: SecretStr = Field(SecretStr(""), description="Its password")
+    drift_limit: float = Field(
+        0.2, gt=0, description="PSI from which a feature or the score has drifted"
+    )
+    prometheus: str = Field("", description="Path of its program; empty: looked for; off: none")
+    prometheus_port: int = Field(9090, description="Preferred port of Prometheus")
+    alertmanager: str = Field("", description="Path of its program; empty: looked for; off: none")
+    alertmanager_port: int = Field(9093, description="Preferred port of Alertmanager")
+    alertmanager_config: AbsolutePath = Field(
+        PROJECT_ROOT / "monitoring" / "prometheus" / "alertmanager.yaml",
+        description="Who is told of an alert, and how",
+    )
+    postgres_exporter: str = Field(
+        "", description="Path of its program; empty: looked for; off: none"
+    )
+    statsd_exporter: str = Field(
+        "", description="Path of its program; empty: looked for; off: none"
+    )
     run_timeout: int = Field(3600, description="Seconds `make run` waits for each DAG")
 
     @property

@@ -22,6 +22,14 @@ import pytest
 import requests
 
 from services import processes
+from services.observability import (
+    ALERTMANAGER,
+    POSTGRES_EXPORTER,
+    PROMETHEUS,
+    Prometheus,
+    find_tool,
+)
+from services.web import EXPORTER
 from settings import PROJECT_ROOT
 
 pytestmark = pytest.mark.timeout(600)
@@ -166,6 +174,41 @@ def test_urls_answer(platform: LocalPlatform) -> None:
     unready = requests.get(f"{api}/readyz", timeout=30)
     assert (unready.status_code, "alias champion" in unready.text) == (503, True)
     assert "Streamlit" in requests.get(variables["DIABETES_UI_URL"], timeout=30).text
+
+
+def test_metrics_are_told(platform: LocalPlatform) -> None:
+    (exporter,) = processes.environments(platform.state, EXPORTER.name)
+    url = f"http://127.0.0.1:{exporter['DIABETES_EXPORTER_PORT']}/metrics"
+    wanted = (
+        "pipeline_database_up 1.0",
+        'pipeline_load_rows{result="inserted"} 2000.0',
+        'dbt_results{resource_type="model",status="success"}',
+        "pipeline_published_timestamp_seconds",
+        "airflow_api_up 1.0",
+        'dag_run_success{dag_id="diabetes_data_processing"} 1.0',
+        'dag_run_success{dag_id="diabetes_model_training"} 1.0',
+    )
+    deadline = time.monotonic() + 30
+    while missing := [line for line in wanted if line not in requests.get(url, timeout=5).text]:
+        assert time.monotonic() < deadline, missing
+        time.sleep(1)
+
+
+@pytest.mark.skipif(
+    not all(find_tool(tool, "") for tool in (PROMETHEUS, ALERTMANAGER, POSTGRES_EXPORTER)),
+    reason="not all of Prometheus, Alertmanager and postgres_exporter are on the PATH",
+)
+def test_prometheus_scrapes_every_service(platform: LocalPlatform) -> None:
+    url = Prometheus(platform.state, Path("prometheus")).url
+    expected = {"alertmanager", "api", "mlflow", "pipeline", "postgres", "prometheus"}
+    deadline = time.monotonic() + 30
+    while True:
+        found = requests.get(f"{url}/api/v1/targets", timeout=5).json()["data"]["activeTargets"]
+        up = {target["labels"]["job"] for target in found if target["health"] == "up"}
+        if up >= expected:
+            break
+        assert time.monotonic() < deadline, up
+        time.sleep(1)
 
 
 def test_dbt_works_by_hand(platform: LocalPlatform, tmp_path: Path) -> None:

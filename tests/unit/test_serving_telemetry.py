@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving import telemetry
+from serving import registry, telemetry
 from serving.telemetry import Scores, Telemetry, Values
 
 
@@ -67,6 +67,32 @@ def test_an_alias_serves_one_version() -> None:
         ("champion", "bbbbbbbbbbbb", "2"): 1,
     }
     assert set(samples(made, "model_loaded_timestamp_seconds")) == {("champion",), ("challenger",)}
+
+
+def test_the_age_of_a_version_ends_with_it() -> None:
+    made = Telemetry()
+    made.served("champion", "1", "a" * 64, 1_000.5)
+    made.served("challenger", "2", "b" * 64)
+    trained = "model_trained_timestamp_seconds"
+    assert samples(made, trained) == {("champion",): 1_000.5}
+    made.served("champion", "2", "b" * 64, 2_000.5)
+    assert samples(made, trained) == {("champion",): 2_000.5}
+    # Of a copy in the cache that does not say when it was registered.
+    made.served("champion", "3", "c" * 64)
+    assert samples(made, trained) == {}
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [(1_700_000_000_500, 1_700_000_000.5), ("1700000000500", 1_700_000_000.5)],
+)
+def test_milliseconds_of_the_registry_become_seconds(told: object, seconds: float) -> None:
+    assert registry._seconds(told) == seconds
+
+
+@pytest.mark.parametrize("told", [None, "", "yesterday", []])
+def test_a_registry_that_does_not_say_when(told: object) -> None:
+    assert registry._seconds(told) is None
 
 
 def test_values_are_read_when_they_are_asked_for() -> None:

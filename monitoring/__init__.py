@@ -1,0 +1,1 @@
+"""What an operator watches: drift, metrics of the pipeline, rules, dashboards."""
