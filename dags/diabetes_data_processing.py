@@ -139,6 +139,8 @@ with DAG(
         ),
         render_config=RenderConfig(
             load_method=LoadMode.DBT_MANIFEST,
+            # They are for diabetes_drift_monitoring, which makes what they read.
+            exclude=["path:models/monitoring"],
             test_behavior=TestBehavior.AFTER_EACH,
             # Detached tests get no result in WATCHER mode: a test over several models is shown by
             # the test task of each of them instead.

@@ -23,6 +23,8 @@ def describe(folder: str) -> dict[str, Any]:
                 "max_active_runs": dag.max_active_runs,
                 "doc_md": dag.doc_md,
                 "schedule": _schedule(dag.timetable.asset_condition),
+                "cron": getattr(getattr(dag.timetable, "timetable", None), "expression", None),
+                "catchup": dag.catchup,
                 "params": {
                     name: {
                         "title": dag.params.get_param(name).schema.get("title"),
