@@ -4,7 +4,7 @@ set -euo pipefail
 
 case "${1:-}" in
     "") ;;
-    -h | --help) echo "Usage: scripts/lint.sh   (ruff, mypy, sqlfluff, shellcheck, hadolint, yamllint)"; exit 0 ;;
+    -h | --help) echo "Usage: scripts/lint.sh   (ruff, mypy, sqlfluff, shellcheck, hadolint, yamllint; promtool, amtool if there)"; exit 0 ;;
     *) echo "Usage: scripts/lint.sh" >&2; exit 2 ;;
 esac
 
@@ -17,3 +17,6 @@ mypy
 shellcheck -x scripts/*.sh scripts/lib/*.sh infra/docker/*.sh .ci/run
 hadolint infra/docker/Dockerfile.*
 yamllint --strict .
+# Of Debian's prometheus and prometheus-alertmanager, not every machine has them.
+if command -v promtool > /dev/null; then promtool check rules monitoring/prometheus/rules/*.yaml; fi
+if command -v amtool > /dev/null; then amtool check-config monitoring/prometheus/alertmanager.yaml; fi
