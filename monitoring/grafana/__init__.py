@@ -1,0 +1,1 @@
+"""Grafana: dashboards made by code, and how they are provisioned."""
