@@ -1,6 +1,6 @@
 # Thin on purpose: every target calls a script or a package.
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down test lint docs bench deploy undeploy screenshots lock
+.PHONY: help setup run up down test lint docs bench load deploy undeploy screenshots lock
 
 PYTHON_BIN := .venv/bin/python
 
@@ -37,6 +37,10 @@ bench: ## Measure ingestion, dbt, the DAGs, training, serving and the baselines
 	@$(PYTHON_BIN) -m bench
 	@$(PYTHON_BIN) -m bench.training
 	@$(PYTHON_BIN) -m bench.serving
+
+load: setup ## Load on the running API by Locust: a report, PASS or FAIL (OPTIONS="--help")
+	@scripts/setup.sh loadtest
+	@$(PYTHON_BIN) -m loadtest $(OPTIONS)
 
 deploy: ## Build the images and bring the platform up on MicroK8s (OPTIONS="--help")
 	@scripts/deploy.sh $(OPTIONS)
