@@ -38,6 +38,9 @@ PASSWORDS = (
     "airflow-api",
     "airflow-jwt",
     "airflow-fernet",
+    "airflow-metrics",
+    "postgres-monitoring",
+    "postgres-reader",
 )
 _ALPHABET = string.ascii_letters + string.digits  # needs no quoting in URLs, shells and INI files
 _ADMIN = "adminuser"
@@ -87,6 +90,8 @@ def files(password: Mapping[str, str]) -> dict[str, str]:
         "init-storage/env": _env(
             PGPASSWORD=password["postgres"],
             **{f"{name.upper()}_PASSWORD": word for name, word in databases.items()},
+            MONITORING_PASSWORD=password["postgres-monitoring"],
+            READER_PASSWORD=password["postgres-reader"],
             **storage,
         ),
         "mlflow/env": _env(
@@ -121,7 +126,9 @@ def files(password: Mapping[str, str]) -> dict[str, str]:
             AIRFLOW_CONN_POSTGRES_DEFAULT=f"postgres://{address['diabetes']}",
             MLFLOW_TRACKING_PASSWORD=password["mlflow-pipeline"],
         ),
-        "airflow/passwords.json": json.dumps({"admin": password["airflow-admin"]}),
+        "airflow/passwords.json": json.dumps(
+            {"admin": password["airflow-admin"], "metrics": password["airflow-metrics"]}
+        ),
         "api/env": _env(
             DIABETES_API_KEY_HASHES=key_hashes,
             DIABETES_PREDICTION_LOG_KEY=password["prediction-log-key"],
@@ -129,6 +136,11 @@ def files(password: Mapping[str, str]) -> dict[str, str]:
             MLFLOW_TRACKING_PASSWORD=password["mlflow-serving"],
         ),
         "ui/env": _env(DIABETES_API_KEY=password["api-page-key"]),
+        "postgres-exporter/password": password["postgres-monitoring"],
+        "pipeline-exporter/env": _env(
+            DIABETES_DB_PASSWORD=password["postgres-reader"],
+            DIABETES_AIRFLOW_PASSWORD=password["airflow-metrics"],
+        ),
         "prometheus/metrics-password": password["mlflow-metrics"],
         "grafana/admin-user": _ADMIN,
         "grafana/admin-password": password["grafana-admin"],

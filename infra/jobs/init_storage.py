@@ -1,5 +1,7 @@
 """Buckets, roles and databases of the platform, made where they are missing.
 
+Two of the roles only look: `monitoring` at the server's statistics, `reader` at the data's tables.
+
 What is there is only looked at, with the logins that will use it: with a managed PostgreSQL or S3
 whose administrator has made everything, no right to create anything is needed.
 """
@@ -15,6 +17,7 @@ from typing import Any
 import psycopg2
 from botocore.exceptions import BotoCoreError, ClientError
 
+from infra.jobs import watchers
 from infra.jobs.common import JobError, NotReadyError, refusal, run, storage, variable, wait_for
 from services.databases import ensure_databases
 
@@ -114,9 +117,13 @@ def main(argv: list[str] | None = None) -> int:
     def job() -> str:
         buckets = [variable(name) for name in BUCKETS]
         passwords = {name: variable(f"{name.upper()}_PASSWORD") for name in DATABASES}
+        monitoring, reader = variable("MONITORING_PASSWORD"), variable("READER_PASSWORD")
         made = [
             *(f"bucket {name}" for name in ensure_buckets(storage(), buckets, timeout)),
             *(f"role and database {name}" for name in ensure_roles(passwords, timeout)),
+            *wait_for(
+                "PostgreSQL", partial(watchers.ensure, monitoring, reader, passwords), timeout
+            ),
         ]
         return f"made or mended: {', '.join(made)}" if made else "all there, nothing to do"
 

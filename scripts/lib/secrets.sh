@@ -11,7 +11,9 @@ SECRETS=(
     ui-credentials
     api-credentials
     grafana-credentials
+    monitoring-credentials
     airflow-credentials
+    airflow-monitoring
 )
 declare -A SECRET_KEYS=(
     [postgres-credentials]="superuser-password mlflow-password diabetes-password airflow-password"
@@ -20,7 +22,9 @@ declare -A SECRET_KEYS=(
     [ui-credentials]="api-key"
     [api-credentials]="key-hashes operator-key prediction-log-key"
     [grafana-credentials]="admin-user admin-password"
+    [monitoring-credentials]="monitoring-password reader-password"
     [airflow-credentials]="connection fernet-key api-secret-key jwt-secret postgres-default passwords.json admin-password"
+    [airflow-monitoring]="url user password passwords.json"
 )
 
 # 32 of [A-Za-z0-9]: 190 bits, and nothing that a URL would have to quote.
@@ -89,6 +93,9 @@ YAML
         grafana-credentials)
             printf '  %s: "%s"\n' admin-user adminuser admin-password "$(password)"
             ;;
+        monitoring-credentials)
+            printf '  %s: "%s"\n' monitoring-password "$(password)" reader-password "$(password)"
+            ;;
         airflow-credentials)
             one=$(secret_value postgres-credentials airflow-password) || exit
             two=$(secret_value postgres-credentials diabetes-password) || exit
@@ -99,6 +106,11 @@ YAML
                 api-secret-key "$(password)" jwt-secret "$(password)$(password)" \
                 admin-password "$three"
             printf "  passwords.json: '%s'\n" "{\"admin\": \"$three\"}"
+            ;;
+        airflow-monitoring)
+            one=$(password)
+            printf '  %s: "%s"\n' url http://airflow-api-server:8080 user metrics password "$one"
+            printf "  passwords.json: '%s'\n" "{\"metrics\": \"$one\"}"
             ;;
     esac
 }

@@ -28,8 +28,8 @@ def _text(path: Path) -> str:
 
 def render(path: str | Path) -> list[Object]:
     """Objects of a kustomization: a path, or one below infra/k8s such as "overlays/microk8s"."""
-    # Parsed anew each time: a test may break what it gets.
-    return [found for found in yaml.safe_load_all(_text(K8S / path)) if found]
+    # Parsed anew each time: a test may break what it gets. In C, for dashboards are large.
+    return [found for found in yaml.load_all(_text(K8S / path), yaml.CSafeLoader) if found]
 
 
 def find(objects: Iterable[Object], kind: str, name: str) -> Object:

@@ -19,7 +19,15 @@ from settings import PROJECT_ROOT
 from tests.deploy.manifests import Object, container, find, pod
 
 # What an image starts where the manifest gives arguments only.
-ENTRYPOINTS = {"postgres": ["postgres"], "chrislusf/seaweedfs": ["weed"]}
+ENTRYPOINTS = {
+    "postgres": ["postgres"],
+    "chrislusf/seaweedfs": ["weed"],
+    # By Debian's names.
+    "prom/prometheus": ["prometheus"],
+    "prom/alertmanager": ["prometheus-alertmanager"],
+    "quay.io/prometheuscommunity/postgres-exporter": ["prometheus-postgres-exporter"],
+    "prom/statsd-exporter": ["statsd_exporter"],
+}
 _REFERENCE = re.compile(r"\$\((\w+)\)")
 
 
@@ -123,6 +131,9 @@ class Cluster:
             else:
                 environment |= self.secrets[source["secretRef"]["name"]]
         for variable in found.get("env", []):
+            reference = variable.get("valueFrom", {}).get("secretKeyRef", {})
+            if reference.get("optional") and reference["name"] not in self.secrets:
+                continue
             environment[variable["name"]] = (
                 _expand(variable["value"], environment)
                 if "value" in variable
@@ -149,6 +160,10 @@ class Cluster:
             mounts[mount["mountPath"]] = folder
             volume = volumes.get(mount["name"], {})
             if "secret" in volume:
+                if volume["secret"].get("optional") and (
+                    volume["secret"]["secretName"] not in self.secrets
+                ):
+                    continue
                 content: Mapping[str, str] = self.secrets[volume["secret"]["secretName"]]
                 items = volume["secret"].get("items")
             elif "configMap" in volume:

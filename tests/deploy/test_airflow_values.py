@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import re
+import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ import yaml
 from services import airflow
 from services.state import Secrets
 from settings import PROJECT_ROOT, Settings
+from tests.deploy import manifests
 
 FOLDER = PROJECT_ROOT / "infra" / "k8s" / "airflow"
 LAYERS = {
@@ -31,6 +37,7 @@ SECRETS = {
         "passwords.json",
         "admin-password",
     },
+    "airflow-monitoring": {"url", "user", "password", "passwords.json"},
     "mlflow-credentials": {"pipeline-password"},
 }
 # What the chart looks for in a Secret of ours that is given by name alone.
@@ -103,6 +110,7 @@ DIFFERENT = {
     "AIRFLOW__CORE__PARALLELISM",
     "AIRFLOW__CORE__DAGS_FOLDER",
     PASSWORDS,
+    "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS",
     "AIRFLOW_CONN_POSTGRES_DEFAULT",
     "DIABETES_STATE_DIR",
     "DIABETES_DBT_MANIFEST",
@@ -175,7 +183,7 @@ def test_secrets_are_those_of_the_contract(values: dict[str, Any]) -> None:
         for item in node["secret"]["items"]
     ]
     assert len(references) == 2
-    assert len(mounted) == 1
+    assert len(mounted) == 2
     for reference in references + mounted:
         assert reference["key"] in SECRETS[reference["name"]]
 
@@ -267,12 +275,46 @@ def test_what_the_image_holds_is_where_the_values_say(values: dict[str, Any]) ->
     assert f"AIRFLOW_HOME={Path(given[PASSWORDS]).parent} " in image
 
 
-def test_the_passwords_are_copied_to_where_airflow_looks(values: dict[str, Any]) -> None:
-    script = values["apiServer"]["args"][-1]
-    (mount,) = values["apiServer"]["extraVolumeMounts"]
-    target = variables(values)[PASSWORDS]
-    assert f"cat {mount['mountPath']}/passwords.json > {target}\n" in script
-    assert script.index("umask 077") < script.index("cat ")
+def test_the_passwords_are_copied_to_where_airflow_looks(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """One file with what is in both Secrets, which only this user may read."""
+    *shell, script = values["apiServer"]["args"]
+    for mount in values["apiServer"]["extraVolumeMounts"]:
+        folder = tmp_path / mount["name"]
+        folder.mkdir()
+        (folder / "passwords.json").write_text(json.dumps({mount["name"]: 'a "word"'}))
+        script = script.replace(f"{mount['mountPath']}/", f"{folder}/")
+    target = tmp_path / "made.json"
+    script = script.replace(variables(values)[PASSWORDS], str(target))
+    script = script.replace("exec airflow ", "exec echo ")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run([*shell, script], env={"PATH": path}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(target.read_text()) == {
+        "passwords": 'a "word"',
+        "monitoring-password": 'a "word"',
+    }
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+def test_the_exporter_may_only_look(values: dict[str, Any]) -> None:
+    users = variables(values)["AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS"]
+    assert dict(user.split(":") for user in users.split(",")) == {
+        "admin": "admin",
+        "metrics": "viewer",
+    }
+
+
+def test_airflow_counts_for_the_exporter_as_make_run_does(values: dict[str, Any]) -> None:
+    given = variables(values)
+    expected = airflow.statsd_environment(9125)
+    expected["AIRFLOW__METRICS__STATSD_HOST"] = "statsd-exporter"
+    assert expected.items() <= given.items()
+    service = manifests.find(manifests.render("base"), "Service", "statsd-exporter")
+    ports = {port["name"]: port for port in service["spec"]["ports"]}
+    assert str(ports["statsd"]["port"]) == given[airflow.STATSD_PORT]
+    assert ports["statsd"]["protocol"] == "UDP"
 
 
 def test_tasks_share_a_folder_and_logs(values: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from settings import PROJECT_ROOT, Settings
-from tests.deploy import manifests
+from tests.deploy import manifests, policy
 
 COMPOSE = PROJECT_ROOT / "compose.yaml"
 SCRIPT = PROJECT_ROOT / "infra" / "compose" / "credentials.py"
@@ -35,6 +35,7 @@ PORTS = {
     "api": 8000,
     "ui": 8501,
     "prometheus": 9090,
+    "alertmanager": 9093,
     "grafana": 3000,
 }
 
@@ -221,8 +222,14 @@ SERVICES = {
     "api": ("StatefulSet", "api"),
     "ui": ("Deployment", "ui"),
     "prometheus": ("StatefulSet", "prometheus"),
+    "alertmanager": ("StatefulSet", "alertmanager"),
+    "postgres-exporter": ("Deployment", "postgres-exporter"),
+    "pipeline-exporter": ("Deployment", "pipeline-exporter"),
+    "statsd-exporter": ("Deployment", "statsd-exporter"),
     "grafana": ("Deployment", "grafana"),
 }
+# These need nobody's password.
+WITHOUT_CREDENTIALS = {"alertmanager", "statsd-exporter"}
 # Set by the image itself, or in another way in a cluster.
 ELSEWHERE = {
     "HOME",
@@ -236,6 +243,7 @@ ELSEWHERE = {
     "MLFLOW_ENTRY_ORIGINS",
     "MLFLOW_TRACKING_URI",
     "POD_IP",
+    "POSTGRES_EXPORTER_SSLMODE",
     "POSTGRES_HOST",
     "POSTGRES_PORT",
 }
@@ -296,7 +304,8 @@ def plain(container: Object, objects: list[Object]) -> dict[str, str | None]:
         found |= of_map(source["configMapRef"]["name"])
     for item in container.get("env", []):
         if "value" in item:
-            found[item["name"]] = item["value"]
+            known = {name: value for name, value in found.items() if value is not None}
+            found[item["name"]] = policy.filled(item["value"], known)
         elif reference := item["valueFrom"].get("configMapKeyRef"):
             found[item["name"]] = of_map(reference["name"])[reference["key"]]
         else:
@@ -349,7 +358,7 @@ def test_prometheus_finds_its_targets() -> None:
             if login := job.get("basic_auth"):
                 mounted = {target for _, target, _ in mounts(services["prometheus"])}
                 assert str(Path(login["password_file"]).parent) in mounted
-    assert asked >= {"api-pods", "mlflow-pods", "minio"}
+    assert asked >= {"api-pods", "mlflow-pods", "minio", "statsd-exporter"}
     assert asked - {"localhost"} <= names
 
 
@@ -377,7 +386,9 @@ def shell(service: str, folder: Path, environment: dict[str, str]) -> str:
     return said
 
 
-@pytest.mark.parametrize("service", ["api", "ui", "mlflow", "mlflow-users", "init-storage"])
+@pytest.mark.parametrize(
+    "service", ["api", "ui", "mlflow", "mlflow-users", "init-storage", "pipeline-exporter"]
+)
 def test_entrypoint_hands_the_credentials_to_the_command(
     service: str, made: dict[str, str], tmp_path: Path
 ) -> None:
@@ -484,7 +495,7 @@ def test_show_prints_the_logins_of_people(
         "storage",
     }
     for port in PORTS.values():
-        assert port == 9090 or f"http://localhost:{port}" in said
+        assert port in (9090, 9093) or f"http://localhost:{port}" in said
 
 
 def test_broken_store_and_unwritable_folder_give_one_message(
@@ -512,6 +523,9 @@ def test_each_service_gets_its_own_credentials_only(made: dict[str, str]) -> Non
         if name == "secrets":
             continue
         own = [source for source, _, _ in mounts(service) if source.startswith("secrets-")]
+        if name in WITHOUT_CREDENTIALS:
+            assert not own
+            continue
         assert len(own) == 1
         assert name.startswith(own[0].removeprefix("secrets-"))
         assert "credentials" not in [source for source, _, _ in mounts(service)]
@@ -541,6 +555,11 @@ def test_passwords_fit_each_other(tmp_path: Path) -> None:
     users = values["mlflow-users/env"]
     assert users["SERVING_PASSWORD"] == values["api/env"]["MLFLOW_TRACKING_PASSWORD"]
     assert users["PIPELINE_PASSWORD"] == values["airflow/env"]["MLFLOW_TRACKING_PASSWORD"]
+    exporter = values["pipeline-exporter/env"]
+    assert values["init-storage/env"]["READER_PASSWORD"] == exporter["DIABETES_DB_PASSWORD"]
+    assert values["init-storage/env"]["MONITORING_PASSWORD"] == made["postgres-exporter/password"]
+    known = json.loads(made["airflow/passwords.json"])
+    assert known["metrics"] == exporter["DIABETES_AIRFLOW_PASSWORD"]
     assert users["METRICS_PASSWORD"] == made["prometheus/metrics-password"]
     assert made["minio/secret-key"] == values["mlflow/env"]["AWS_SECRET_ACCESS_KEY"]
     assert made["minio/access-key"] == "adminuser"

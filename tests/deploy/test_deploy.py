@@ -43,8 +43,10 @@ SECRETS = {
     "api-credentials": "key-hashes operator-key prediction-log-key",
     "ui-credentials": "api-key",
     "grafana-credentials": "admin-user admin-password",
+    "monitoring-credentials": "monitoring-password reader-password",
     "airflow-credentials": "connection fernet-key api-secret-key jwt-secret postgres-default "
     "passwords.json admin-password",
+    "airflow-monitoring": "url user password passwords.json",
 }
 
 
@@ -153,6 +155,8 @@ def consistent(secrets: dict[str, dict[str, str]]) -> None:
         assert airflow["connection"] == f"postgresql+psycopg2://airflow:{own}@{server}/airflow"
         assert airflow["postgres-default"] == f"postgres://diabetes:{data}@{server}/diabetes"
         assert json.loads(airflow["passwords.json"]) == {"admin": airflow["admin-password"]}
+        watching = secrets["airflow-monitoring"]
+        assert json.loads(watching["passwords.json"]) == {watching["user"]: watching["password"]}
 
 
 # --- a first run, and a second -----------------------------------------------------------------
@@ -238,10 +242,10 @@ def test_secrets_have_all_keys_and_are_told_nobody(deployed: Desk, first: First)
         value
         for values in first.secrets.values()
         for key, value in values.items()
-        if key not in ("access-key", "admin-user")
+        if key not in ("access-key", "admin-user", "url", "user")
     }
     plain = [value for value in secret if re.fullmatch(r"[A-Za-z0-9]{32}", value)]
-    assert len(plain) == len(set(plain)) == 16
+    assert len(plain) == len(set(plain)) == 19
     assert len(base64.urlsafe_b64decode(first.secrets["airflow-credentials"]["fernet-key"])) == 32
     written = [path.read_text() for path in (deployed.root / ".run").rglob("*") if path.is_file()]
     assert first.command_lines.count("\n") > 30
@@ -477,6 +481,20 @@ def test_a_lost_secret_is_not_made_up_anew(deployed: Desk, name: str) -> None:
     assert not deployed.changes()
 
 
+def test_lost_passwords_of_the_exporters_are_made_and_given_to_their_roles(deployed: Desk) -> None:
+    before = deployed.secrets()
+    deployed.cluster.delete(("secrets", NAMESPACE, "monitoring-credentials"))
+    deployed.deploy(*PLAIN).fine()
+    settled(deployed.cluster)
+    after = deployed.secrets()
+    assert {name for name in after if after[name] != before[name]} == {"monitoring-credentials"}
+    changes = deployed.changes()
+    deleted, made = (
+        changes.index(f"{change}/init-storage") for change in ("delete jobs", "patch jobs")
+    )
+    assert deleted < changes.index("create secrets/monitoring-credentials") < made
+
+
 # --- what is not there, or was not meant -------------------------------------------------------
 
 
@@ -586,7 +604,7 @@ def test_seaweedfs_on_a_named_context_with_nothing_but_kubectl(desk: Desk) -> No
     store = desk.cluster.get("statefulsets", "minio", NAMESPACE)
     assert "seaweedfs" in store["spec"]["template"]["spec"]["containers"][0]["image"]
     assert not desk.calls
-    assert "airflow-credentials" not in desk.secrets()
+    assert not any(name.startswith("airflow-") for name in desk.secrets())
 
 
 def test_production_takes_the_secrets_that_are_there(desk: Desk, first: First) -> None:

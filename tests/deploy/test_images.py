@@ -188,6 +188,8 @@ def test_each_rule_can_fail(old: str, new: str, said: str) -> None:
         "infra/compose/pip.conf",
         "infra/k8s/base/api.yaml",
         "docs/serving.md",
+        "monitoring/grafana/dashboards/service.json",
+        "monitoring/prometheus/alertmanager.yaml",
         "serving/__pycache__/app.cpython-311.pyc",
         "dbt_diabetes/target/manifest.json",
         "dbt_diabetes/.user.yml",
@@ -313,6 +315,7 @@ def test_image_holds_all_that_its_service_imports(image: str, trees: dict[str, P
     ("image", "module"),
     [
         ("api", "serving"),
+        ("api", "monitoring"),
         ("mlflow", "infra.jobs.init_storage"),
         ("mlflow", "infra.jobs.migrate"),
         ("mlflow", "infra.jobs.mlflow_users"),
@@ -375,6 +378,8 @@ def test_service_answers_and_ends_when_told_to(
     [
         ("api", "ingestion/contract.py", "ingestion.contract"),
         ("api", "training/inference.py", "training.inference"),
+        ("api", "monitoring/exporter.py", "monitoring.exporter"),
+        ("airflow", "monitoring/report.py", "monitoring.report"),
         ("ui", "settings", "settings"),
         ("mlflow", "infra/jobs", "infra.jobs"),
         ("airflow", "ingestion", "ingestion"),
@@ -436,7 +441,11 @@ def test_dags_come_up_from_what_the_airflow_image_holds(
     assert described.returncode == 0, described.stderr[-3000:]
     found = json.loads(described.stdout.splitlines()[-1])
     assert found["errors"] == {}
-    assert set(found["dags"]) == {"diabetes_data_processing", "diabetes_model_training"}
+    assert set(found["dags"]) == {
+        "diabetes_data_processing",
+        "diabetes_drift_monitoring",
+        "diabetes_model_training",
+    }
     assert all(dag["doc_md"] for dag in found["dags"].values())
     assert "transform.diabetes_train.run" in found["dags"]["diabetes_data_processing"]["tasks"]
 

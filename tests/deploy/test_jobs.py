@@ -19,8 +19,18 @@ import pytest
 from botocore.exceptions import ClientError
 from psycopg2.extensions import parse_dsn
 
-from infra.jobs import backup, common, init_storage, migrate, mlflow_users, restore, smoke_test
+from infra.jobs import (
+    backup,
+    common,
+    init_storage,
+    migrate,
+    mlflow_users,
+    restore,
+    smoke_test,
+    watchers,
+)
 from infra.jobs.sets import MANIFEST, PREFIX, Sets, key
+from services import databases
 from settings import PROJECT_ROOT
 from tests.conftest import Database
 from tests.deploy.conftest import Storage
@@ -68,7 +78,13 @@ def roles(
     }.items():
         monkeypatch.setenv(name, value)
     names = tuple(f"{stem}_{owner}" for owner in init_storage.DATABASES)
+    watching = tuple(f"{stem}_{owner}" for owner in ("monitoring", "reader"))
     monkeypatch.setattr(init_storage, "DATABASES", names)
+    monkeypatch.setattr(watchers, "DATA", f"{stem}_{watchers.DATA}")
+    monkeypatch.setattr(databases, "MONITOR", watching[0])
+    monkeypatch.setattr(watchers, "READER", watching[1])
+    monkeypatch.setenv("MONITORING_PASSWORD", "of monitoring: %/@?'")
+    monkeypatch.setenv("READER_PASSWORD", "of reader: %/@?'")
 
     def passwords() -> dict[str, str]:
         for name in names:
@@ -81,6 +97,8 @@ def roles(
         cursor = connection.cursor()
         for name in names:
             cursor.execute(f"drop database if exists {name} with (force)")
+            cursor.execute(f"drop role if exists {name}")
+        for name in watching:
             cursor.execute(f"drop role if exists {name}")
 
 
@@ -97,6 +115,7 @@ def test_storage_is_made_once_and_then_only_looked_at(
     code, said, error = run(init_storage.main)
     assert (code, error) == (0, "")
     assert all(name in said for name in (*buckets, *passwords))
+    assert all(name in said for name in (databases.MONITOR, f"rights of role {watchers.READER}"))
     for name, password in passwords.items():
         login = {"user": name, "dbname": name, "password": password}
         with closing(psycopg2.connect(**login)) as connection, connection:
@@ -152,6 +171,7 @@ def test_managed_administrator_who_is_no_superuser_can_make_all(
     passwords = roles()
     admin = f"{database.name}_admin"
     database.rows(f"create role {admin} login createrole createdb password 'admin'")
+    database.rows(f"grant pg_monitor to {admin} with admin option")
     monkeypatch.setenv("PGUSER", admin)
     monkeypatch.setenv("PGPASSWORD", "admin")
     try:
@@ -164,10 +184,106 @@ def test_managed_administrator_who_is_no_superuser_can_make_all(
             )
             assert owners == [(name,)]
     finally:
+        monitor = databases.MONITOR
+        database.rows(f"revoke pg_monitor from {monitor} granted by {admin}")
+        database.rows(f"revoke {monitor} from {admin}")
+        database.rows(f"revoke {watchers.READER} from {admin}")
+        database.rows(f"revoke pg_monitor from {admin}")
         for name in passwords:
             database.rows(f"revoke {name} from {admin} granted by {admin}")
             database.rows(f"revoke {name} from {admin}")
         database.rows(f"drop role {admin}")
+
+
+def test_administrator_without_pg_monitor_is_told_what_to_make_by_hand(
+    run: Run,
+    database: Database,
+    buckets: tuple[str, str],
+    roles: Callable[[], dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passwords = roles()
+    assert run(init_storage.main)[0] == 0
+    name, password = next(iter(passwords.items()))
+    monkeypatch.setenv("PGUSER", name)
+    monkeypatch.setenv("PGPASSWORD", password)
+    database.rows(f"revoke pg_monitor from {databases.MONITOR}")
+    code, said, error = run(init_storage.main)
+    assert (code, said, error.count("\n")) == (1, "", 1)
+    assert re.match(rf"error: role {databases.MONITOR} is missing, .* and pg_monitor$", error)
+    database.rows(f"grant pg_monitor to {databases.MONITOR}")
+    monkeypatch.setenv("READER_PASSWORD", "another")
+    code, said, error = run(init_storage.main)
+    assert (code, said, error.count("\n")) == (1, "", 1)
+    assert re.match(rf"error: role {watchers.READER} is missing, .* and nothing else$", error)
+
+
+def test_exporters_look_and_do_no_more(
+    run: Run,
+    buckets: tuple[str, str],
+    roles: Callable[[], dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passwords = roles()
+    assert run(init_storage.main)[0] == 0
+    data = watchers.DATA
+
+    def rows(user: str, password: str, query: str, dbname: str = data) -> list[tuple[Any, ...]]:
+        login = {"user": user, "password": password, "dbname": dbname}
+        with closing(psycopg2.connect(**login)) as connection, connection:
+            cursor = connection.cursor()
+            cursor.execute(query)
+            return list(cursor.fetchall()) if cursor.description else []
+
+    reader = (watchers.READER, "of reader: %/@?'")
+    monitor = (databases.MONITOR, "of monitoring: %/@?'")
+    # Made after the rights were given, as all of the platform's tables are.
+    made = (
+        "create schema {0}; create table {0}.rows as select 1 as n; "
+        "create view {0}.v as table {0}.rows"
+    )
+    rows(data, passwords[data], made.format("later"))
+    assert rows(*reader, "select * from later.rows, later.v") == [(1, 1)]
+    for refused in (
+        "insert into later.rows values (2)",
+        "drop table later.rows",
+        "create table later.mine (n integer)",
+        "create schema mine",
+        "create table public.mine (n integer)",
+    ):
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            rows(*reader, refused)
+    for name in set(passwords) - {data}:
+        rows(name, passwords[name], "create schema own; create table own.secret (n integer)", name)
+        for watching in (reader, monitor):
+            with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                rows(*watching, "select * from own.secret", name)
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+        rows(*monitor, "select * from later.rows")
+    # What others ask is told to pg_monitor only.
+    query = "select count(*) from pg_stat_activity where query = '<insufficient privilege>'"
+    assert rows(*monitor, query) == [(0,)]
+    assert rows(*monitor, "select count(*) > 0 from pg_ls_waldir()") == [(True,)]
+
+    # As in a database that is older than the role, or was restored from such a backup.
+    for what in ("usage on schemas", "select on tables"):
+        rows(
+            data, passwords[data], f"alter default privileges revoke {what} from {watchers.READER}"
+        )
+    rows(data, passwords[data], made.format('"old ""one"'))
+    with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+        rows(*reader, 'select * from "old ""one".v')
+    said = f"made or mended: rights of role {watchers.READER}\n"
+    assert run(init_storage.main) == (0, said, "")
+    assert rows(*reader, 'select * from "old ""one".v') == [(1,)]
+    rows(data, passwords[data], made.format("latest"))
+    assert rows(*reader, "select * from latest.v") == [(1,)]
+    assert run(init_storage.main) == (0, "all there, nothing to do\n", "")
+
+    for variable, role in (("READER", watchers.READER), ("MONITORING", databases.MONITOR)):
+        monkeypatch.setenv(f"{variable}_PASSWORD", "another")
+        assert run(init_storage.main) == (0, f"made or mended: role {role}\n", "")
+        assert rows(role, "another", "select 1") == [(1,)]
 
 
 def test_services_that_stay_away_are_waited_for_no_longer_than_allowed(

@@ -24,7 +24,7 @@ from tests.deploy.manifests import K8S, Object, container, find, render
 from tests.deploy.policy import Peer
 
 OVERLAYS = ("microk8s", "production", "seaweedfs")
-TASKS = ("postgres-restore", "smoke-test")
+TASKS = ("load-test", "postgres-restore", "smoke-test")
 RENDERINGS = (*(f"overlays/{name}" for name in OVERLAYS), *(f"tasks/{name}" for name in TASKS))
 # Plain and strict schemas of a version count as one.
 KUBERNETES = list(dict.fromkeys(kubernetes_validate.utils.all_versions()))[-3:]
@@ -46,6 +46,8 @@ def _secrets() -> dict[str, list[str]]:
 SECRETS = _secrets()
 # Made by whoever runs a production cluster, by cert-manager for one.
 CERTIFICATES = {"platform-tls", "airflow-tls"}
+# Made by whoever has receivers of alerts that need a password; Alertmanager starts without it.
+BROUGHT = {"alertmanager-receivers"}
 
 NODE_PORTS = {
     "mlflow/http": 30500,
@@ -66,11 +68,16 @@ WRITES = {
     "api": ["/state", _TMP],
     "ui": [_TMP],
     "prometheus": ["/prometheus"],
+    "alertmanager": ["/alertmanager"],
+    "postgres-exporter": [],
+    "pipeline-exporter": ["/state", _TMP],
+    "statsd-exporter": [],
     "grafana": ["/var/lib/grafana", _TMP],
     "init-storage": [_TMP],
     "mlflow-migrate": [_TMP],
     "mlflow-users": [_TMP],
     "smoke-test": [_TMP],
+    "load-test": [_TMP],
     "dump": ["/backup"],
     "upload": ["/backup", _TMP],
     "fetch": ["/backup", _TMP],
@@ -88,11 +95,21 @@ PATHS: dict[str, set[tuple[str, int]]] = {
     "mlflow-migrate": {("postgres", 5432)},
     "mlflow-users": {("mlflow", 5000)},
     "init-storage": {("postgres", 5432), ("minio", 9000)},
-    "prometheus": {("api", 8000), ("mlflow", 5000)},
+    "prometheus": {
+        ("api", 8000),
+        ("mlflow", 5000),
+        ("alertmanager", 9093),
+        ("postgres-exporter", 9187),
+        ("pipeline-exporter", 9210),
+        ("statsd-exporter", 9102),
+    },
+    "postgres-exporter": {("postgres", 5432)},
+    "pipeline-exporter": {("postgres", 5432), *_TO_AIRFLOW},
     "grafana": {("prometheus", 9090)},
     "postgres-backup": {("postgres", 5432), ("minio", 9000)},
     "postgres-restore": {("postgres", 5432), ("minio", 9000)},
     "smoke-test": {("mlflow", 5000)},
+    "load-test": {("api", 8000)},
     **{f"airflow-{part}": {("postgres", 5432), ("mlflow", 5000)} for part in AIRFLOW},
 }
 # SeaweedFS tells its figures at a port of their own.
@@ -100,7 +117,11 @@ METRICS = {"microk8s": 9000, "seaweedfs": 9327}
 # These get all of ConfigMap platform, but have no business with MLflow.
 UNUSED = {("init-storage", "mlflow", 5000), ("postgres-backup", "mlflow", 5000)}
 # Whose address stands in a Secret, where no manifest shows it.
-BY_SECRET = {("mlflow", "postgres", 5432), ("mlflow-migrate", "postgres", 5432)}
+BY_SECRET = {
+    ("mlflow", "postgres", 5432),
+    ("mlflow-migrate", "postgres", 5432),
+    ("pipeline-exporter", "airflow-api-server", 8080),
+}
 ENTRY = {("mlflow", 5000), ("api", 8000), ("ui", 8501), ("grafana", 3000)}
 
 OUTSIDE = Peer("somebody outside", address="192.0.2.7")
@@ -222,7 +243,7 @@ def test_overlay_is_complete(overlay: str) -> None:
     assert policy.namespace(objects) == []
     assert policy.default_deny(objects) == []
     assert policy.selectors([*objects, *airflow_pods()]) == []
-    assert policy.references(objects, SECRETS, CERTIFICATES) == []
+    assert policy.references(objects, SECRETS, CERTIFICATES | BROUGHT) == []
 
 
 @pytest.mark.parametrize(
@@ -265,7 +286,8 @@ def users(objects: list[Object]) -> dict[str, set[str]]:
 
 
 def test_changed_configuration_rolls_out(tmp_path: Path) -> None:
-    shutil.copytree(K8S, tmp_path / "k8s")
+    for folder in ("infra/k8s", "monitoring"):
+        shutil.copytree(PROJECT_ROOT / folder, tmp_path / folder)
     before = render("overlays/microk8s")
     names = [thing["metadata"]["name"] for thing in policy.of_kind(before, "ConfigMap")]
     assert all(re.fullmatch(r"[a-z-]+-[bcdfghkmt2456789]{10}", name) for name in names)
@@ -275,7 +297,7 @@ def test_changed_configuration_rolls_out(tmp_path: Path) -> None:
         changed.mkdir()
         kustomization = {
             "namespace": policy.NAMESPACE,
-            "resources": ["../k8s/overlays/microk8s"],
+            "resources": ["../infra/k8s/overlays/microk8s"],
             "configMapGenerator": [{"name": stem, "behavior": "merge", "literals": ["new=line"]}],
         }
         (changed / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
@@ -417,10 +439,12 @@ def test_ways_out(overlay: str) -> None:
         assert not policy.allowed(objects, peer, metadata_service, 80), name
         fetches = name == "airflow-worker"  # the publisher's file
         steers = name == "airflow-scheduler"  # Kubernetes
+        tells = name == "alertmanager"
         stores = overlay == "production" and ("minio", 9000) in PATHS.get(name, ())
         assert steers or not policy.allowed(objects, peer, DNS, 443), name
         reaches = policy.allowed(objects, peer, OUTSIDE, 443)
-        assert reaches == (fetches or steers or stores), name
+        assert reaches == (fetches or steers or stores or tells), name
+        assert policy.allowed(objects, peer, OUTSIDE, 587) == tells, name
 
 
 def test_production_reaches_its_own_database() -> None:

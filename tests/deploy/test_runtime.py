@@ -9,7 +9,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -55,8 +57,18 @@ def made_secrets() -> dict[str, dict[str, str]]:
         authorization_function = mlflow.server.auth:authenticate_request_basic_auth
         auth_cache_ttl_seconds = 60
         """)
+    metrics = password()
     return {
         "postgres-credentials": postgres,
+        "monitoring-credentials": {
+            f"{name}-password": password() for name in ("monitoring", "reader")
+        },
+        "airflow-monitoring": {
+            "url": "http://airflow-api-server:8080",
+            "user": "metrics",
+            "password": metrics,
+            "passwords.json": json.dumps({"metrics": metrics}),
+        },
         "storage-credentials": {"access-key": "adminuser", "secret-key": password()},
         "mlflow-credentials": {
             "admin-password": password(),
@@ -137,13 +149,16 @@ class Trio:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def connect(self, database: str) -> psycopg2.extensions.connection:
+    def connect(self, database: str, user: str = "") -> psycopg2.extensions.connection:
+        """A connection of the database's owner, or of one of the roles that only look."""
+        known = self.cluster.secrets
+        passwords = {**known["postgres-credentials"], **known["monitoring-credentials"]}
         connection = psycopg2.connect(
             host="127.0.0.1",
             port=self.postgres_port,
-            user=database,
+            user=user or database,
             dbname=database,
-            password=self.cluster.secrets["postgres-credentials"][f"{database}-password"],
+            password=passwords[f"{user or database}-password"],
         )
         connection.autocommit = True
         return connection
@@ -385,7 +400,7 @@ def test_passwords_are_on_no_command_line_and_in_no_log(trio: Trio) -> None:
     said = [*server.command, trio.log.read_text()]
     for values in trio.cluster.secrets.values():
         for name, value in values.items():
-            if name not in ("access-key", "basic_auth.ini"):
+            if name not in ("access-key", "basic_auth.ini", "url", "user"):
                 assert not [text for text in said if value in text], name
 
 
@@ -670,6 +685,11 @@ def test_restore_brings_back_every_row_of_every_database(
     for done in restore(trio, "restore"):
         assert done.returncode == 0, done.stderr
     assert {name: trio.content(name) for name in DATABASES} == filled
+    # The exporter's rights are part of the database.
+    with closing(trio.connect("diabetes", "reader")) as connection:
+        cursor = connection.cursor()
+        cursor.execute("select count(*) from raw_data.encounters")
+        assert cursor.fetchone() == (20_000,)
     # Not rows alone: identities go on, views and functions work, owners are owners.
     (fresh,) = trio.rows(
         "diabetes", "insert into raw_data.encounters (patient) values ('next') returning id"
@@ -731,3 +751,120 @@ def test_dump_that_fails_ends_the_backup_before_anything_is_uploaded(trio: Trio)
     done = process.run()
     assert done.returncode != 0
     assert "password authentication failed" in done.stderr
+
+
+# --- the exporters --------------------------------------------------------------------------
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not shutil.which(program), reason=f"{program} is not installed")
+
+
+@contextmanager
+def exporter(
+    trio: Trio, name: str, kind: str = "Deployment", without: str = "", **variables: str
+) -> Iterator[tuple[str, Path]]:
+    """A pod of what watches, started as its manifest says: its address and its log.
+
+    Args:
+        trio: the rest.
+        name, kind: of the object.
+        without: a Secret that is not there.
+        variables: to set otherwise than the manifest.
+    """
+    port = free_port(33000 + os.getpid() % 500)
+    known = {key: value for key, value in trio.cluster.secrets.items() if key != without}
+    cluster = replace(
+        trio.cluster,
+        secrets=known,
+        table={
+            **trio.cluster.table,
+            r"^--web\.listen-address=:\d+$": f"--web.listen-address=127.0.0.1:{port}",
+            r"^--statsd\.listen-udp=:\d+$": f"--statsd.listen-udp=127.0.0.1:{port}",
+        },
+        appended={"alertmanager": [f"--web.listen-address=127.0.0.1:{port}"]},
+    )
+    if name == "pipeline-exporter":
+        variables |= {"DIABETES_EXPORTER_HOST": "127.0.0.1", "DIABETES_EXPORTER_PORT": str(port)}
+    pod = cluster.process(kind, name, **variables)
+    log = cluster.folder / f"{name}-{port}.log"
+    spec = find(cluster.objects, kind, name)["spec"]["template"]["spec"]
+    probe = spec["containers"][0]["readinessProbe"]["httpGet"]["path"]
+    url = f"http://127.0.0.1:{port}"
+    with process(pod.command, pod.environment, log) as running:
+        wait_for(running, lambda: requests.get(f"{url}{probe}", timeout=10).ok, log)
+        yield url, log
+        running.terminate()
+        running.wait(spec["terminationGracePeriodSeconds"] - 5)
+
+
+def figures(url: str) -> set[str]:
+    return set(requests.get(f"{url}/metrics", timeout=30).text.splitlines())
+
+
+def test_pipeline_exporter_reads_as_the_reader(trio: Trio) -> None:
+    trio.rows("diabetes", "create schema if not exists clean_data")
+    trio.rows("diabetes", "create table clean_data.batch_info as select generate_series(1, 7)")
+    try:
+        with exporter(trio, "pipeline-exporter") as (url, _):
+            found = figures(url)
+            # Nobody is called airflow-api-server here.
+            assert found >= {"pipeline_database_up 1.0", "pipeline_batches 7.0"}
+            assert "airflow_api_up 0.0" in found
+        with exporter(trio, "pipeline-exporter", without="airflow-monitoring") as (url, _):
+            found = figures(url)
+            assert "pipeline_batches 7.0" in found
+            assert not any("airflow_api_up" in line for line in found)
+        wrong = {"DIABETES_DB_PASSWORD": "wrong"}
+        with exporter(trio, "pipeline-exporter", **wrong) as (url, log):
+            found = figures(url)
+            assert "pipeline_database_up 0.0" in found
+            assert not any(line.startswith("pipeline_batches") for line in found)
+            assert "password authentication failed" in log.read_text()
+    finally:
+        trio.rows("diabetes", "drop schema clean_data cascade")
+
+
+@needs("prometheus-postgres-exporter")
+def test_postgres_exporter_logs_in_and_sees_every_database(trio: Trio) -> None:
+    with exporter(trio, "postgres-exporter") as (url, log):
+        found = figures(url)
+        password = trio.cluster.secrets["monitoring-credentials"]["monitoring-password"]
+        assert password not in log.read_text()
+    assert "pg_up 1" in found
+    for name in DATABASES:
+        assert any(line.startswith("pg_stat_database_xact_commit") and name in line
+                   for line in found)  # fmt: skip
+        assert any(line.startswith("pg_database_size_bytes") and name in line for line in found)
+
+
+@needs("statsd_exporter")
+def test_statsd_exporter_knows_what_airflow_sends(trio: Trio) -> None:
+    with exporter(trio, "statsd-exporter") as (url, _):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            port = int(url.rpartition(":")[2])
+            sender.sendto(b"airflow.ti_failures,dag_id=diabetes:1|c\n", ("127.0.0.1", port))
+        deadline = time.monotonic() + 20
+        wanted = re.compile(r'airflow_task_failures_total\{.*\bdag_id="diabetes".*\} 1')
+        while not any(map(wanted.fullmatch, found := figures(url))):
+            assert time.monotonic() < deadline, sorted(found)
+            time.sleep(0.1)
+
+
+@needs("prometheus-alertmanager")
+def test_alertmanager_keeps_its_silences(trio: Trio) -> None:
+    silence = {
+        "matchers": [{"name": "alertname", "value": "ApiDown", "isRegex": False}],
+        "startsAt": "2026-01-01T00:00:00Z",
+        "endsAt": "2099-01-01T00:00:00Z",
+        "createdBy": "test",
+        "comment": "kept",
+    }
+    with exporter(trio, "alertmanager", "StatefulSet") as (url, _):
+        answer = requests.post(f"{url}/api/v2/silences", json=silence, timeout=30)
+        assert answer.ok, answer.text
+    with exporter(trio, "alertmanager", "StatefulSet") as (url, _):
+        (kept,) = requests.get(f"{url}/api/v2/silences", timeout=30).json()
+        assert kept["comment"] == "kept"
+        receivers = requests.get(f"{url}/api/v2/receivers", timeout=30).json()
+        assert {receiver["name"] for receiver in receivers} >= {"on-call", "tickets"}
