@@ -20,17 +20,24 @@ from pathlib import Path
 import psycopg2
 import pytest
 import requests
+from mlflow import MlflowClient
 
 from services import processes
+from services.airflow import Airflow
 from services.observability import (
     ALERTMANAGER,
     POSTGRES_EXPORTER,
     PROMETHEUS,
+    STATSD_EXPORTER,
     Prometheus,
     find_tool,
 )
 from services.web import EXPORTER
 from settings import PROJECT_ROOT
+from tests.panels import queries
+from tests.served import as_json, synthetic
+
+DRIFT = "diabetes_drift_monitoring"
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -329,6 +336,61 @@ def test_run_brings_the_real_file_to_a_champion(platform: LocalPlatform, real_zi
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert rows == [(answer["probability"],)]
+
+
+@pytest.mark.skipif(
+    not all(find_tool(tool, "") for tool in (PROMETHEUS, POSTGRES_EXPORTER)),
+    reason="not both of Prometheus and postgres_exporter are on the PATH",
+)
+def test_drift_is_checked_and_every_panel_has_data(platform: LocalPlatform) -> None:
+    variables = platform.environment()
+    api = variables["DIABETES_API_URL"]
+    encounters = [as_json(row) for row in synthetic(1500)]
+    batch = {"encounters": encounters}
+    assert requests.post(f"{api}/v1/predict/batch", json=batch, timeout=60).ok
+    for path in ("predict", "explain"):
+        assert requests.post(f"{api}/v1/{path}", json=encounters[0], timeout=30).ok
+    password = json.loads((platform.state / "secrets.json").read_text())["admin"]
+    airflow = Airflow(platform.state, variables, password)
+    deadline = time.monotonic() + 30
+    while platform.rows("select count(*) from inference.predictions")[0][0] < 1000:  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    run_id = airflow.trigger("diabetes_drift_monitoring", {})
+    states = {task.task_id: task.state for task in airflow.follow(DRIFT, run_id, 300)}
+    assert airflow.run_state(DRIFT, run_id) == "success", states
+    windows = dict(platform.rows("select window_name, enough_rows from monitoring.drift_checks"))
+    assert windows == {"predictions": True, "load": True}
+    (experiment,) = [
+        found
+        for found in MlflowClient(variables["MLFLOW_TRACKING_URI"]).search_experiments()
+        if "drift" in found.name
+    ]
+    client = MlflowClient(variables["MLFLOW_TRACKING_URI"])
+    reports = [
+        file.path
+        for run in client.search_runs([experiment.experiment_id])
+        for file in client.list_artifacts(run.info.run_id)
+    ]
+    assert any(path.endswith(".html") for path in reports), reports
+    # What nobody gives here: Airflow's own counts, where there is no statsd_exporter.
+    missing = frozenset() if find_tool(STATSD_EXPORTER, "") else frozenset({"airflow"})
+    url = Prometheus(platform.state, Path("prometheus")).url
+    silent = [query for query in queries() if not query.jobs & missing]
+    assert len(silent) > 40
+    deadline = time.monotonic() + 90
+    while silent := [query for query in silent if not answer(url, query.expression)]:
+        assert time.monotonic() < deadline, silent
+        requests.post(f"{api}/v1/predict", json=encounters[0], timeout=30)
+        time.sleep(2)
+
+
+def answer(url: str, expression: str) -> list[object]:
+    """What Prometheus answers to a query now."""
+    given = requests.get(f"{url}/api/v1/query", params={"query": expression}, timeout=10).json()
+    assert given["status"] == "success", (expression, given)
+    found: list[object] = given["data"]["result"]
+    return found
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on the PATH")
