@@ -19,9 +19,9 @@ def reference(
 ) -> dict[str, Any]:
     """Shares by bin of each feature among training rows, and of the score among validation rows.
 
-    Numbers are binned at their deciles (fewer bins where values repeat), nominal features by
-    level, the rarest together as `other`. Scores come from validation: on rows that a model was
-    trained on they are too sure.
+    Numbers are binned at their deciles (fewer bins where values repeat, and one for each value
+    where there are ten or fewer), nominal features by level, the rarest together as `other`.
+    Scores come from validation: on rows that a model was trained on they are too sure.
 
     Returns:
         `features` by name and `score`, each with `edges` (inner bounds; a value equal to a bound
@@ -42,7 +42,13 @@ def reference(
 
 
 def _bins(values: Matrix) -> dict[str, Any]:
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1], method="lower"))
+    found = np.unique(values)
+    # Deciles of a rare flag are all equal, and its drift would be in no bin: a bin each, if few.
+    edges = (
+        found[1:]
+        if 1 < len(found) <= BINS
+        else np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1], method="lower"))
+    )
     counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
     return {"edges": edges.tolist(), "shares": (counts / len(values)).tolist()}
 

@@ -86,12 +86,17 @@ def test_numbers_are_binned_at_their_deciles(values: Matrix) -> None:
 
 
 def test_repeated_values_give_fewer_bins() -> None:
-    visits = reference()["features"]["visits"]
-    assert visits["edges"] == [0, 1, 2]
-    assert len(visits["shares"]) == 4
-    zero = float((FRAME["visits"] == 0).mean())
-    assert visits["shares"][:2] == [0.0, zero]  # nothing lies below 0; 0 is in the bin above it
+    visits = drift._bins(np.repeat(np.arange(20.0), [900, 60, *[1] * 18]))
+    assert visits["edges"] == [0]
+    assert visits["shares"] == [0.0, 1.0]  # nothing lies below 0; 0 is in the bin above it
     assert reference()["features"]["fixed"] == {"edges": [1.0], "shares": [0.0, 1.0]}
+
+
+def test_few_values_have_a_bin_each_so_that_a_rare_flag_can_drift() -> None:
+    assert drift._bins(np.repeat([0.0, 1.0], [970, 30])) == {"edges": [1.0], "shares": [0.97, 0.03]}
+    visits = reference()["features"]["visits"]
+    assert visits["edges"] == sorted(set(FRAME["visits"]))[1:]
+    assert visits["shares"][0] == float((FRAME["visits"] == 0).mean())
 
 
 def test_levels_are_ordered_by_how_common_they_are() -> None:
