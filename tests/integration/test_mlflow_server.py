@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from services import processes
-from services.airflow import COMPONENTS
+from services.airflow import COMPONENTS, STATSD_PORT
 from services.mlflow_server import MlflowError, MlflowServer, client_environment
 from services.platform import Platform
 from settings import Settings
@@ -163,14 +163,23 @@ def test_env_sh_in_the_shell_still_means_our_own_server(
     assert server is not None
 
 
-def test_airflow_is_stopped_when_mlflow_has_moved_and_only_then(state: Path) -> None:
+@pytest.mark.parametrize(
+    "moved", [("http://there:5000", 9125), ("http://here:5000", None), ("http://here:5000", 9126)]
+)
+def test_airflow_is_stopped_when_what_it_talks_to_has_moved_and_only_then(
+    state: Path, moved: tuple[str, int | None]
+) -> None:
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
-    variables = {"MLFLOW_TRACKING_URI": "http://here:5000", "AIRFLOW__API__PORT": "56545"}
+    variables = {
+        "MLFLOW_TRACKING_URI": "http://here:5000",
+        "AIRFLOW__API__PORT": "56545",
+        STATSD_PORT: "9125",
+    }
     for name in (*COMPONENTS, "mlflow"):
         processes.start(name, sleeper, state, variables, state / "log")
-    assert platform(state)._airflow_port("http://here:5000") == 56545
+    assert platform(state)._airflow_port("http://here:5000", 9125) == 56545
     assert len(processes.find(state)) == 5
     free = processes.free_port(56540)
-    assert platform(state)._airflow_port("http://there:5000") == free
+    assert platform(state)._airflow_port(*moved) == free
     assert processes.find(state, *COMPONENTS) == []
     assert len(processes.find(state, "mlflow")) == 1
