@@ -51,15 +51,18 @@ requests/s, p95 <= 500 ms, no failure |
   requests/s are what client and service together manage, not what was asked for.
 - `loadtest.measure` trains one LightGBM model and starts a fresh service for each part, which is
   asked for 20 s before anything counts. Failures are answers other than 200 and broken connections.
-- Steady: five minutes. Latency is Locust's, with its own waiting for the CPU in it; its percentiles
-  are rounded to two digits.
+- Steady: five minutes. Latency is Locust's, from a request's first byte to the answer's last, with
+  Locust's waiting for the CPU in it; its percentiles are rounded to two digits. What a caller waits
+  for the CPU between an answer and its next request is in no percentile, so the table has the mean
+  of the whole round beside them: users / requests/s, which no latency's mean can be above.
 - Ramp: 20 s a step; percentiles are those of a step's last ten seconds.
 - Overload: one minute of twice as many users as the service takes at once
   (`DIABETES_API_MOST_REQUESTS`, left at its default), who take no heed of `Retry-After`. A 503 with
-  `Retry-After` counts as shed, one without it as a failure. Beside them, and for 15 s after the
-  last of them, one calm caller asks 30 times a second or so: the service has recovered after the
-  last second in which that caller was refused, or waited longer than the objective (p95). Then the
-  id of every prediction that was answered is looked up in `inference.predictions`.
+  `Retry-After` counts as shed, one without it as a failure; it is given after half a second on
+  purpose, so that callers who take no heed do not use up the CPU. Beside them, and for 15 s after
+  the last of them, one calm caller asks 30 times a second or so: the service has recovered after
+  the last second in which that caller was refused, or waited longer than the objective (p95). Then
+  the id of every prediction that was answered is looked up in `inference.predictions`.
 - Soak: ten minutes. Memory is the proportional set (PSS) of the service and all its children, the
   median from 60 s to 90 s held against that of the last minute.
 """
@@ -119,7 +122,8 @@ def _overload(made: Mapping[str, Any]) -> list[Row]:
     return [
         (
             f"overload, {made['users']} users, limit {made['most_requests']}",
-            f"{made['shed']:,} shed (503, Retry-After), {made['served']:,} answered "
+            f"{made['shed']:,} shed (503, Retry-After; p95 {made['shed_p95_ms']:.0f} ms), "
+            f"{made['served']:,} answered "
             f"({made['served_per_second']:.0f}/s, p95 {made['served_p95_ms']:.0f} ms)",
             "sheds",
             made["shed"] > 0,
@@ -169,11 +173,12 @@ def _ramp(steps: Sequence[Mapping[str, float]]) -> list[str]:
         f"dashed lines the objective holds. Most requests/s: {most['rps']:.0f}, with "
         f"{most['users']:.0f} users.",
         "",
-        "| users | requests/s | p50 ms | p95 ms | p99 ms |",
-        "|---|---|---|---|---|",
+        "| users | requests/s | p50 ms | p95 ms | p99 ms | a round, ms |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {step['users']:.0f} | {step['rps']:.0f} | {step['p50_ms']:.0f} "
-            f"| {step['p95_ms']:.0f} | {step['p99_ms']:.0f} |"
+            f"| {step['p95_ms']:.0f} | {step['p99_ms']:.0f} "
+            f"| {1000 * step['users'] / step['rps']:.1f} |"
             for step in steps
         ),
         "",
