@@ -1,4 +1,4 @@
-"""Airflow DAG: predictions and the newest load against the champion's reference -> monitoring."""
+"""Airflow DAG: predictions and the newest loads against the champion's reference -> monitoring."""
 
 from __future__ import annotations
 
@@ -59,8 +59,15 @@ with DAG(
             title="Hours of predictions",
             description="Length of the window of predictions, which ends when the run was due.",
         ),
+        "outcome_days": Param(
+            90,
+            type="integer",
+            minimum=1,
+            title="Days of outcomes",
+            description="Predictions so far back are held against outcomes that are known by now.",
+        ),
         "retrain": Param(
-            False,
+            settings().drift_retrain,
             type="boolean",
             title="Retrain",
             description="Start diabetes_model_training where a feature or the score has drifted.",

@@ -11,15 +11,15 @@ from training.registry import MODEL, find_version
 
 
 def fetch(uri: str, alias: str, folder: Path) -> Champion | None:
-    """Download the version with an alias.
+    """Download a version.
 
     Args:
         uri: of MLflow.
-        alias: under which it is served.
+        alias: under which it is served, or its number.
         folder: where it is put; what it scores with is read from there as long as it is used.
 
     Returns:
-        The version; None where none has the alias.
+        The version; None where there is none.
 
     Raises:
         DriftError: no server is named, or the version has no reference.

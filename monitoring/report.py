@@ -77,18 +77,28 @@ def publish(dsn: str, uri: str, check_id: str, limit: float) -> list[str]:
         cursor = connection.cursor()
         for window in _windows(cursor, check_id):
             features = _features(cursor, window)
+            learnt = _reference(cursor, window, list(features))
+            if learnt.empty:
+                log.warning(
+                    "no report on window %s: of the rows that version %s learnt from, none is left",
+                    window.name,
+                    window.model_version,
+                )
+                continue
             current, reference = comparable(
-                _current(cursor, window, list(features)),
-                _reference(cursor, list(features)),
-                features,
+                _current(cursor, window, list(features)), learnt, features
             )
             with tempfile.TemporaryDirectory(prefix="diabetes-drift-") as name:
                 page = Path(name) / PAGE
                 draw(current, reference, page, limit)
                 run_id = _run(client, window)
-                for metric, value in _metrics(window).items():
-                    client.log_metric(run_id, metric, value)
-                client.log_artifact(run_id, str(page))
+                try:
+                    for metric, value in _metrics(window).items():
+                        client.log_metric(run_id, metric, value)
+                    client.log_artifact(run_id, str(page))
+                except Exception:
+                    client.set_terminated(run_id, "FAILED")
+                    raise
                 client.set_terminated(run_id)
             log.info("window %s: run %s of experiment %s", window.name, run_id, EXPERIMENT)
             runs.append(run_id)
@@ -188,8 +198,8 @@ def _features(cursor: Cursor, window: Window) -> dict[str, bool]:
     return {name: name in nominal for name in found[0]}
 
 
-def _reference(cursor: Cursor, names: Sequence[str]) -> pd.DataFrame:
-    """Training rows, of the features that dbt still computes."""
+def _reference(cursor: Cursor, window: Window, names: Sequence[str]) -> pd.DataFrame:
+    """Rows that the champion may have learnt from, of the features that dbt still computes."""
     cursor.execute(
         "select column_name from information_schema.columns "
         "where table_schema = 'clean_data' and table_name = 'diabetes_train'"
@@ -197,9 +207,11 @@ def _reference(cursor: Cursor, names: Sequence[str]) -> pd.DataFrame:
     there = {name for (name,) in cursor.fetchall()}
     used = [name for name in names if name in there]
     cursor.execute(
-        f"select {', '.join(used)} from clean_data.diabetes_train "
-        "order by md5(encounter_id::text) limit %s",
-        (ROWS,),
+        f"select {', '.join(f't.{name}' for name in used)} from clean_data.diabetes_train as t "
+        "inner join monitoring.windows as w on t.first_load_id <= w.learnt_load_id "
+        "where w.check_id = %s and w.window_name = %s "
+        "order by md5(t.encounter_id::text) limit %s",
+        (window.check_id, window.name, ROWS),
     )
     return pd.DataFrame(cursor.fetchall(), columns=used)
 
@@ -236,7 +248,7 @@ def comparable(
 
 
 def _run(client: Any, window: Window) -> str:
-    """A run for the window: the one it has already, or a new one."""
+    """A new run for the window; the one that it has already is deleted."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     number = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
     tags = {
@@ -244,13 +256,10 @@ def _run(client: Any, window: Window) -> str:
         "window": window.name,
         "model_version": window.model_version,
     }
-    there = client.search_runs(
-        [number],
-        f"tags.check_id = '{window.check_id}' and tags.window = '{window.name}'",
-        max_results=1,
-    )
-    if there:
-        return str(there[0].info.run_id)
+    for before in client.search_runs(
+        [number], f"tags.check_id = '{window.check_id}' and tags.window = '{window.name}'"
+    ):
+        client.delete_run(before.info.run_id)
     name = f"{window.name} {window.checked_at:%Y-%m-%d %H:%M}"
     return str(client.create_run(number, tags=tags, run_name=name).info.run_id)
 

@@ -44,24 +44,28 @@ def prepare(
 ) -> dict[str, int]:
     """Put the champion's reference and both windows in place, see `monitoring.drift.prepare`.
 
-    Skips the run where there is no champion to compare with.
+    A check that was made before is made again with the version of then. Skips the run where there
+    is no champion to compare with.
     """
     from monitoring.champion import fetch
 
     chosen = settings()
+    dsn = connection_dsn(conn_id, "monitoring")
+    alias = drift.version_of(dsn, check_id) or chosen.api_alias
     with tempfile.TemporaryDirectory(prefix="diabetes-drift-") as folder:
-        champion = fetch(chosen.mlflow_tracking_uri, chosen.api_alias, Path(folder))
+        champion = fetch(chosen.mlflow_tracking_uri, alias, Path(folder))
         if champion is None:
             raise AirflowSkipException(
-                f"no version has the alias {chosen.api_alias}: there is nothing to compare with"
+                f"there is no version {alias} in the registry: there is nothing to compare with"
             )
         check = drift.Check(
             check_id=check_id,
             checked_at=checked_at,
             hours=params["hours"],
+            outcome_days=params["outcome_days"],
             key=chosen.prediction_log_key.get_secret_value().encode()[:64],
         )
-        return drift.prepare(connection_dsn(conn_id, "monitoring"), check, champion)
+        return drift.prepare(dsn, check, champion)
 
 
 @_fails_at_once
@@ -78,13 +82,18 @@ def report(conn_id: str, check_id: str) -> list[str]:
     )
 
 
+@_fails_at_once
 def decide(conn_id: str, check_id: str, retrain: bool) -> bool:
     """Say what has drifted, and whether to train anew for it."""
-    found = drift.drifted(connection_dsn(conn_id, "monitoring"), check_id)
-    for window, feature, psi in found:
-        log.warning("DRIFT: %s of window %s has a PSI of %.3f", feature, window, psi)
-    if not found:
-        log.info("nothing has drifted")
-    elif not retrain:
+    windows = drift.found(connection_dsn(conn_id, "monitoring"), check_id)
+    for window in windows:
+        for feature, psi in window.drifted.items():
+            log.warning("DRIFT: %s of window %s has a PSI of %.3f", feature, window.window, psi)
+        if not window.enough:
+            log.info("window %s: %s rows are too few to tell", window.window, f"{window.rows:,}")
+        elif not window.drifted:
+            log.info("window %s: nothing has drifted", window.window)
+    drifted = any(window.drifted for window in windows)
+    if drifted and not retrain:
         log.info("not training anew: the Param `retrain` is off")
-    return bool(found) and retrain
+    return drifted and retrain

@@ -123,6 +123,9 @@ class Settings(BaseSettings):
     drift_limit: float = Field(
         0.2, gt=0, description="PSI from which a feature or the score has drifted"
     )
+    drift_retrain: bool = Field(
+        False, description="Start the training DAG where a feature or the score has drifted"
+    )
     prometheus: str = Field("", description="Path of its program; empty: looked for; off: none")
     prometheus_port: int = Field(9090, description="Preferred port of Prometheus")
     alertmanager: str = Field("", description="Path of its program; empty: looked for; off: none")

@@ -25,7 +25,8 @@ def reference(
 
     Returns:
         `features` by name and `score`, each with `edges` (inner bounds; a value equal to a bound
-        belongs to the bin above) or `levels`, and with `shares` that add up to 1, `percentiles`
+        belongs to the bin above) or `levels` (and `rest`, those that are counted in `other`), and
+        with `shares` that add up to 1, `percentiles`
         (101 scores, the lowest and the highest included: the place of one among all), and `rows`.
     """
     return {
@@ -60,5 +61,6 @@ def _levels(values: pd.Series[Any]) -> dict[str, Any]:
     shares = [int(count) / len(values) for _, count in kept]
     return {
         "levels": [str(level) for level, _ in kept] + ["other"],
+        "rest": [str(level) for level, count in rest if count],
         "shares": [*shares, sum(int(count) for _, count in rest) / len(values)],
     }

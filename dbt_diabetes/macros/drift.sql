@@ -15,3 +15,11 @@
 {% macro same_in_any_order(figure) -%}
     cast(round(cast({{ figure }} as numeric), 9) as {{ type_double() }})
 {%- endmacro %}
+
+{#- A check that is made again may find nothing where it found something: what it wrote must go. -#}
+{% macro forget_this_check(relation) -%}
+    {% if execute and model.config.materialized == 'incremental' and load_relation(relation) -%}
+        delete from {{ relation }}
+        where check_id in (select check_id from {{ source('drift_inputs', 'windows') }})
+    {%- endif %}
+{%- endmacro %}

@@ -124,6 +124,7 @@ def files(password: Mapping[str, str]) -> dict[str, str]:
             AIRFLOW__API__SECRET_KEY=password["airflow-api"],
             AIRFLOW__API_AUTH__JWT_SECRET=password["airflow-jwt"],
             AIRFLOW_CONN_POSTGRES_DEFAULT=f"postgres://{address['diabetes']}",
+            DIABETES_PREDICTION_LOG_KEY=password["prediction-log-key"],
             MLFLOW_TRACKING_PASSWORD=password["mlflow-pipeline"],
         ),
         "airflow/passwords.json": json.dumps(

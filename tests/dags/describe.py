@@ -46,6 +46,9 @@ def describe(folder: str) -> dict[str, Any]:
                         "mapped_over": _mapped_over(task),
                         "at_once": task.max_active_tis_per_dagrun,
                         "outlets": [outlet.name for outlet in task.outlets],
+                        "triggers": getattr(task, "trigger_dag_id", None),
+                        "triggered_run": getattr(task, "trigger_run_id", None),
+                        "vars": getattr(task, "vars", None),
                         "watched_tests": getattr(task, "tests_per_model", None),
                         "node": getattr(task, "extra_context", {})
                         .get("dbt_node_config", {})

@@ -49,9 +49,11 @@ def test_by_default_a_day_is_looked_at_and_nothing_is_trained(dag: dict[str, Any
     params = dag["params"]
     assert {name: each["default"] for name, each in params.items()} == {
         "hours": 24,
+        "outcome_days": 90,
         "retrain": False,
     }
-    assert params["hours"]["schema"]["minimum"] == 1
+    for name in ("hours", "outcome_days"):
+        assert params[name]["schema"]["minimum"] == 1
     assert params["retrain"]["schema"]["type"] == "boolean"
     assert all(each["title"] and each["description"] for each in params.values())
 
@@ -65,6 +67,9 @@ def test_tasks_run_in_order(tasks: dict[str, dict[str, Any]]) -> None:
     assert tasks["retrain"]["upstream"] == ["decide"]
     assert tasks["decide"]["type"] == "_ShortCircuitDecoratedOperator"
     assert tasks["retrain"]["type"] == "TriggerDagRunOperator"
+    assert tasks["retrain"]["triggers"] == "diabetes_model_training"
+    # A check that is repeated asks for no second training.
+    assert tasks["retrain"]["triggered_run"] == "drift__{{ run_id }}"
     # A report that MLflow does not take keeps nobody from deciding.
     assert "report" not in upstream(tasks, "decide")
 
@@ -75,7 +80,9 @@ def test_it_builds_the_models_of_drift_and_no_other(
     nodes = {tasks[name]["node"] for name in upstream(tasks, "decide") if tasks[name]["node"]}
     assert {name.split(".")[-1] for name in nodes if name.startswith("model.")} == MODELS
     assert not [name for name in nodes if name.startswith("seed.")]
-    watched = tasks[f"{DBT}dbt_producer_watcher"]["watched_tests"]
+    producer = tasks[f"{DBT}dbt_producer_watcher"]
+    assert producer["vars"] == {"drift_limit": 0.2}
+    watched = producer["watched_tests"]
     tests = {
         name
         for name, node in json.loads(manifest.read_text())["nodes"].items()

@@ -39,6 +39,7 @@ SECRETS = {
     },
     "airflow-monitoring": {"url", "user", "password", "passwords.json"},
     "mlflow-credentials": {"pipeline-password"},
+    "api-credentials": {"prediction-log-key"},
 }
 # What the chart looks for in a Secret of ours that is given by name alone.
 IMPLIED = {
@@ -89,7 +90,6 @@ LOCAL_ONLY = {
     "DIABETES_DB_USER": "the same",
     "DIABETES_DB_PASSWORD": "the same",
     "DIABETES_DB_NAME": "the same",
-    "DIABETES_PREDICTION_LOG_KEY": "the API's alone",
     "AIRFLOW_HOME": "set by the chart",
     "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": "set by the chart from data.metadataSecretName",
     "AIRFLOW__CORE__FERNET_KEY": "set by the chart from fernetKeySecretName",
@@ -114,6 +114,7 @@ DIFFERENT = {
     "AIRFLOW_CONN_POSTGRES_DEFAULT",
     "DIABETES_STATE_DIR",
     "DIABETES_DBT_MANIFEST",
+    "DIABETES_PREDICTION_LOG_KEY",
     "MLFLOW_TRACKING_URI",
 }
 

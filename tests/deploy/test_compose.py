@@ -569,5 +569,7 @@ def test_passwords_fit_each_other(tmp_path: Path) -> None:
     )
     assert hashes["page"] == hashlib.sha256(key.encode()).hexdigest()
     assert set(hashes) == {"page", "operator"}
-    assert len(values["api/env"]["DIABETES_PREDICTION_LOG_KEY"]) == 32
+    key = values["api/env"]["DIABETES_PREDICTION_LOG_KEY"]
+    assert len(key) == 32
+    assert values["airflow/env"]["DIABETES_PREDICTION_LOG_KEY"] == key
     assert "DIABETES_API_KEY_HASHES".removeprefix("DIABETES_").lower() in Settings.model_fields

@@ -6,13 +6,14 @@ On the real file where DIABETES_SOURCE names it, else on synthetic encounters.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,37 +24,55 @@ import psycopg2
 import pytest
 from psycopg2.extras import execute_values
 
-from ingestion.contract import FIELDS
-from ingestion.synthetic import write_csv
+from ingestion.source import open_csv
+from ingestion.synthetic import csv_blocks
 from monitoring import drift
 from monitoring.champion import fetch
-from monitoring.drift import Champion, Check, DriftError
+from monitoring.drift import Champion, Check, DriftError, Found, Loads
 from monitoring.report import EXPERIMENT, PAGE, publish
 from serving.prediction_log import _TABLES as PREDICTION_LOG
-from tests.conftest import Database
+from tests.conftest import SHARED_DATA, Database
 from tests.dbt.test_project import Dbt, ingest
 from tests.integration.test_parity import made_database
 from tests.served import WARNINGS, Registered
-from training import data
+from training import data, features
 from training.drift import reference as reference_of
-from training.inference import sigmoid
+from training.inference import FeatureQuery, sigmoid
 
 SEEDS = 20
 ROWS = 1_000
+LOAD_ROWS = 1_300
+"""Of which a thousand and more are scored: those of test are not."""
+
+UNSHIFTED = range(2, 2 + SEEDS)
+"""Loads of encounters as they come; load 1 is what the champion learnt from."""
+
+SHIFTED = range(UNSHIFTED.stop, UNSHIFTED.stop + SEEDS)
+"""Loads of older patients with another A1C."""
+
+SMALL = SHIFTED.stop
+"""The newest load: 200 encounters, and corrections of some that were there."""
+
 KEY = b"only for tests"
 START = datetime(2025, 6, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)
+DAY = timedelta(days=1)
 AGES = [f"[{start}-{start + 10})" for start in range(0, 100, 10)]
+CONSEQUENCES = {"age_midpoint", "a1c_result", "a1c_measured", "a1c_level", "a1c_response"}
+"""Features that the shift is made of."""
 
 
 class Scorer:
-    """Stands for a champion: a logistic regression on its counts, fitted by Newton's method."""
+    """Stands for a champion: dbt's features, and a logistic regression on its counts, fitted by
+    Newton's method.
+    """
 
-    def __init__(self, features: list[dict[str, Any]], train: data.Encounters) -> None:
-        self.definition = {"features": features}
-        self.feature_names = tuple(str(each["name"]) for each in features)
+    def __init__(self, definition: dict[str, Any], train: data.Encounters) -> None:
+        self.definition = definition
+        self._query = FeatureQuery(definition)
+        self.feature_names = self._query.names
         self._used = [
-            index for index, each in enumerate(features) if each["name"].startswith("num")
+            index for index, name in enumerate(self.feature_names) if name.startswith("num")
         ]
         used = train.features[[self.feature_names[index] for index in self._used]].to_numpy(float)
         self._center, self._scale = used.mean(0), used.std(0)
@@ -67,6 +86,9 @@ class Scorer:
     def _scaled(self, used: Any) -> Any:
         return np.column_stack([np.ones(len(used)), (used - self._center) / self._scale])
 
+    def features(self, columns: Mapping[str, Sequence[Any]], count: int) -> list[tuple[Any, ...]]:
+        return self._query.rows(columns, count)
+
     def matrix(self, rows: Sequence[tuple[Any, ...]]) -> Any:
         return np.array([[row[index] for index in self._used] for row in rows], float)
 
@@ -76,12 +98,21 @@ class Scorer:
 
 @dataclass
 class Platform:
-    """A database with data, features and a prediction log, and who is champion there."""
+    """A database with data, features and a prediction log, and who is champion there.
+
+    Attributes:
+        database: all of it.
+        dbt: on it.
+        champion: which learnt from load 1.
+        held_out: id and features of encounters of load 1 that are in validation.
+        learnt: the same of encounters that the champion learnt from.
+    """
 
     database: Database
     dbt: Dbt
     champion: Champion
     held_out: list[tuple[int, list[Any]]]
+    learnt: list[tuple[int, list[Any]]]
 
     def find(self, check_id: str, window: str, where: str = "true") -> dict[str, dict[str, Any]]:
         """The rows of monitoring.drift by feature."""
@@ -100,13 +131,26 @@ class Platform:
         return set(self.find(check_id, window, "drifted"))
 
     def check(self, check_id: str, window: str) -> dict[str, Any]:
-        names = "rows, labelled_rows, calibration_error, drifted_features, enough_rows"
+        names = (
+            "rows, labelled_rows, calibration_error, drifted_features, enough_rows, loads_after, "
+            "load_id, drift_limit"
+        )
         ((*values,),) = self.database.rows(
             f"select {names} from monitoring.drift_checks where check_id = %s and window_name = %s",
             check_id,
             window,
         )
         return dict(zip(names.split(", "), values, strict=True))
+
+    def count(self, where: str) -> int:
+        """Published encounters of which something holds."""
+        tables = " union all ".join(
+            f"select encounter_id, first_load_id, '{split}' as split "
+            f"from clean_data.diabetes_{split}"
+            for split in ("train", "validation", "test")
+        )
+        ((number,),) = self.database.rows(f"select count(*) from ({tables}) as t where {where}")
+        return int(str(number))
 
 
 def place(platform: Platform, name: str) -> int:
@@ -118,12 +162,7 @@ def platform(server_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Everything is put into place and checked once; the tests look at what was found."""
     folder = tmp_path_factory.mktemp("drift")
     with made_database(server_port, f"drift_{os.getpid()}") as database:
-        real = os.environ.get("DIABETES_SOURCE", "")
-        source = Path(real) if real and Path(real).is_file() else folder / "synthetic.csv"
-        if not source.exists():
-            write_csv(source, rows=40_000)
-        ingest(database, source)
-        ingest(database, shifted_load(database, folder / "shifted.csv"))
+        load_all(database, folder)
         dbt = Dbt(database, folder / "target")
         dbt.build("--exclude-resource-type", "test")
         made = made_platform(database, dbt)
@@ -137,117 +176,161 @@ def platform(server_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield made
 
 
-def shifted_load(database: Database, path: Path) -> Path:
+def encounters() -> list[list[str]]:
+    """Header and rows of the real file, or of a synthetic one where it is not at hand."""
+    named = os.environ.get("DIABETES_SOURCE", "")
+    source = Path(named) if named and Path(named).is_file() else SHARED_DATA
+    if source.is_file():
+        with open_csv(source) as lines:
+            text = lines.read()
+    else:
+        text = b"".join(csv_blocks(101_766, 130))
+    return list(csv.reader(io.StringIO(text.decode())))
+
+
+def load_all(database: Database, folder: Path) -> None:
+    """What the champion learns from, then 20 loads as they come, 20 shifted ones, a small one."""
+    header, *rows = encounters()
+    random.Random(0).shuffle(rows)  # noqa: S311
+
+    def load(made: list[list[str]]) -> None:
+        file = folder / "load.csv"
+        with file.open("w", newline="") as lines:
+            csv.writer(lines).writerows([header, *made])
+        ingest(database, file)
+
+    small, rows = rows[:200], rows[200:]
+    later = [rows[begin : begin + LOAD_ROWS] for begin in range(0, SEEDS * LOAD_ROWS, LOAD_ROWS)]
+    first = rows[SEEDS * LOAD_ROWS :]
+    for made in (first, *later):
+        load(made)
+    for begin in range(0, SEEDS * LOAD_ROWS, LOAD_ROWS):
+        load(shifted(header, first[begin : begin + LOAD_ROWS]))
+    place = header.index("readmitted")
+    corrected = [[*row[:place], "<30", *row[place + 1 :]] for row in first[:500]]
+    load(small + corrected)
+
+
+def shifted(header: list[str], rows: list[list[str]]) -> list[list[str]]:
     """Encounters that are there already, under new ids, of older patients with another A1C."""
-    columns = ", ".join(each.column for each in FIELDS)
-    rows = database.rows(
-        f"select {columns} from raw_data.diabetes order by md5(encounter_id::text) limit 1500"
-    )
-    names = [each.name for each in FIELDS]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for number, row in enumerate(rows):
-            values = dict(zip(names, row, strict=True))
-            values["encounter_id"] = int(str(values["encounter_id"])) + 10**9
-            values["age"] = AGES[min(AGES.index(str(values["age"])) + 2, 9)]
-            values["A1Cresult"] = ">8" if number % 2 else values["A1Cresult"]
-            writer.writerow(values.values())
-    return path
+    made = []
+    for number, row in enumerate(rows):
+        values = dict(zip(header, row, strict=True))
+        values["encounter_id"] = str(int(values["encounter_id"]) + 10**9)
+        values["age"] = AGES[min(AGES.index(values["age"]) + 2, 9)]
+        values["A1Cresult"] = ">8" if number % 2 else values["A1Cresult"]
+        made.append(list(values.values()))
+    return made
 
 
 def made_platform(database: Database, dbt: Dbt) -> Platform:
     """A champion that learnt from load 1, with the reference that training makes of it."""
-    nodes = json.loads((dbt.target / "manifest.json").read_text())["nodes"].values()
-    (train,) = (node for node in nodes if node["name"] == "diabetes_train")
-    features = [
-        {
-            "name": name,
-            "type": column["data_type"],
-            "nominal": column["data_type"] == "text" or column["config"]["meta"].get("nominal"),
-        }
-        for name, column in train["columns"].items()
-        if column["config"]["meta"].get("role") == "feature"
-    ]
-    # The shifted load is left out of what it learns from.
-    learnt = {
-        encounter
-        for (encounter,) in database.rows(
-            "select encounter_id from clean_data.diabetes_train where first_load_id = 1"
+    definition = features.read(database.dsn)
+    listed = definition["features"]
+
+    def of_load_1(split: str) -> data.Encounters:
+        ids = database.rows(
+            f"select encounter_id from clean_data.diabetes_{split} where first_load_id = 1"
         )
-    }
-    rows = data.read(database.dsn, "train", features)
-    keep = np.isin(rows.ids, list(learnt))
-    rows = data.Encounters(
-        rows.features[keep], rows.target[keep], rows.readmitted[keep], rows.patients[keep],
-        rows.ids[keep],
-    )  # fmt: skip
-    scorer = Scorer(features, rows)
-    validation = data.read(database.dsn, "validation", features).features
-    scores = scorer.probabilities(scorer.matrix(list(validation.itertuples(index=False))))
+        rows = data.read(database.dsn, split, listed)
+        keep = np.isin(rows.ids, [encounter for (encounter,) in ids])
+        return data.Encounters(
+            rows.features[keep], rows.target[keep], rows.readmitted[keep], rows.patients[keep],
+            rows.ids[keep],
+        )  # fmt: skip
+
+    train, validation = of_load_1("train"), of_load_1("validation")
+    scorer = Scorer(definition, train)
+    scores = scorer.probabilities(scorer.matrix(list(validation.features.itertuples(index=False))))
     names = ", ".join(scorer.feature_names)
-    held_out = database.rows(
-        f"select encounter_id, {names} from intermediate.int_encounters__features "
-        "where split <> 'train' and exclusion_reason is null and first_load_id = 1 order by 1"
-    )
+
+    def rows_of(split: str) -> list[tuple[int, list[Any]]]:
+        found = database.rows(
+            f"select encounter_id, {names} from clean_data.diabetes_{split} "
+            "where first_load_id = 1 order by 1"
+        )
+        return [(int(str(row[0])), list(row[1:])) for row in found]
+
     return Platform(
         database,
         dbt,
-        Champion("1", 1, reference_of(rows.features, features, scores), scorer),
-        [(int(str(row[0])), list(row[1:])) for row in held_out],
+        Champion("1", 1, reference_of(train.features, listed, scores), scorer),
+        rows_of("validation"),
+        rows_of("train"),
     )
 
 
 def write_checks(connection: Any, platform: Platform) -> None:
-    """Twenty checks of unshifted rows, and one for each thing that can go wrong."""
+    """A check of each load, and one for each thing that can go wrong."""
     cursor = connection.cursor()
     names = list(platform.champion.scorer.feature_names)
+    same = platform.champion.scorer.definition["sha256"]
     with connection:
-        cursor.execute("insert into inference.models values ('1', 'sha', %s)", (names,))
-    pool = list(platform.held_out)
-    for seed in range(SEEDS):
-        drawn = random.Random(seed).sample(pool, ROWS)  # noqa: S311
-        taken = {encounter for encounter, _ in drawn}
-        # An encounter stands in one load only; of the predictions it may be asked again.
-        pool = [row for row in pool if row[0] not in taken] if len(pool) > 2 * ROWS else pool
-        with connection:
+        for version, sha in (("1", same), ("0", same), ("of old", "other SQL")):
             cursor.execute(
-                "update intermediate.int_encounters__features set last_load_id = %s "
-                "where encounter_id = any(%s)",
-                (100 + seed, list(taken)),
+                "insert into inference.models values (%s, %s, %s)", (version, sha, names)
             )
-            predict(cursor, platform, seed, [row for _, row in drawn])
-            drift.add(cursor, check(f"seed {seed}", seed), platform.champion, 100 + seed)
-    with connection:
-        drift.add(cursor, check("shifted load", 90), platform.champion, 2)
+
+    def made(
+        name: str,
+        moment: datetime,
+        rows: Sequence[list[Any]] = (),
+        loads: Loads = Loads(None, None),  # noqa: B008
+        asked: timedelta = timedelta(0),
+        **options: Any,
+    ) -> None:
+        with connection:
+            predict(cursor, platform, moment - asked, rows, **options)
+            drift.add(cursor, check(name, moment), platform.champion, loads)
+
+    held_out = [row for _, row in platform.held_out]
+    for seed, load in enumerate(UNSHIFTED):
+        drawn = random.Random(seed).sample(held_out, ROWS)  # noqa: S311
+        made(f"seed {seed}", START + seed * HOUR, drawn, Loads(load - 1, load))
+    for seed, load in enumerate(SHIFTED):
+        drawn = random.Random(seed).sample(held_out, ROWS)  # noqa: S311
+        moment = START + 2 * DAY + seed * HOUR
+        rows = [older(platform, row) for row in drawn]
+        made(f"shifted {seed}", moment, rows, Loads(load - 1, load))
+    made("small", START + 4 * DAY, loads=Loads(SMALL - 1, SMALL))
     sample = random.Random(99).sample(platform.held_out, 4 * ROWS)  # noqa: S311
-    few = [older(platform, row) for _, row in sample[:200]]
-    special: dict[str, list[list[Any]]] = {
+    rows, ids = [row for _, row in sample], [encounter for encounter, _ in sample]
+    special = {
         "new category": [
             changed(platform, row, payer_code="QQ" if number % 10 == 0 else None)
-            for number, (_, row) in enumerate(sample[:ROWS])
+            for number, row in enumerate(rows[:ROWS])
         ],
         "missing": [
             changed(platform, row, medical_specialty="Unknown" if number % 2 else None)
-            for number, (_, row) in enumerate(sample[:ROWS])
+            for number, row in enumerate(rows[:ROWS])
         ],
-        "older": [older(platform, row) for _, row in sample[:ROWS]],
-        "few": few,
+        "few": [older(platform, row) for row in rows[:200]],
     }
-    ids = [encounter for encounter, _ in sample]
-    rows = [row for _, row in sample]
-    for number, (name, written) in enumerate(special.items(), start=SEEDS):
-        with connection:
-            predict(cursor, platform, number, written)
-            drift.add(cursor, check(name, number), platform.champion, None)
-    for number, (name, moved) in enumerate((("calibrated", 0.0), ("too sure", 1.0)), start=50):
-        with connection:
-            predict(cursor, platform, number, rows, ids, moved)
-            drift.add(cursor, check(name, number), platform.champion, None)
+    for day, (name, written) in enumerate(special.items(), start=5):
+        made(name, START + day * DAY, written)
+    made("calibrated", START + 10 * DAY, rows, ids=ids)
+    made("too sure", START + 20 * DAY, rows, ids=ids, moved=1.0)
+    # Their outcomes were not known when they were asked, and the day's window does not hold them.
+    made("arrived", START + 100 * DAY, rows, ids=ids, asked=40 * DAY)
+    trained = platform.learnt[:ROWS]
+    made(
+        "learnt",
+        START + 200 * DAY,
+        [row for _, row in trained],
+        ids=[encounter for encounter, _ in trained],
+    )
+    moment = START + 300 * DAY
+    with connection:
+        predict(cursor, platform, moment - HOUR, rows[:600], version="0")
+        predict(cursor, platform, moment - HOUR, rows[:600], version="of old")
+    made("swapped", moment, rows[:600])
 
 
-def check(name: str, hour: int) -> Check:
-    return Check(name, START + (hour + 1) * HOUR, 1, KEY)
+def check(name: str, moment: datetime) -> Check:
+    """A check that was due half an hour after a moment, of the hour before."""
+    return Check(
+        name, moment + HOUR / 2, hours=1 if name != "swapped" else 2, outcome_days=45, key=KEY
+    )
 
 
 def older(platform: Platform, row: list[Any]) -> list[Any]:
@@ -265,12 +348,16 @@ def changed(platform: Platform, row: list[Any], **values: Any) -> list[Any]:
 def predict(
     cursor: Any,
     platform: Platform,
-    hour: int,
+    moment: datetime,
     rows: Sequence[list[Any]],
+    *,
     ids: Sequence[int] | None = None,
     moved: float = 0.0,
+    version: str = "1",
 ) -> None:
-    """Write what the API would have, all in one hour; `moved` is added to the log odds."""
+    """Write what the API would have, all at a moment; `moved` is added to the log odds."""
+    if not rows:
+        return
     scorer = platform.champion.scorer
     p = scorer.probabilities(scorer.matrix([tuple(row) for row in rows]))
     p = sigmoid(np.log(p / (1 - p)) + moved)
@@ -280,9 +367,9 @@ def predict(
         "source, encounter_hash, probability, features) values %s",
         [
             (
-                str(uuid.UUID(int=hour * 10**9 + number)),
-                START + hour * HOUR + timedelta(milliseconds=number),
-                "1",
+                str(uuid.uuid4()),
+                moment + timedelta(milliseconds=number),
+                version,
                 "champion",
                 "csv",
                 drift.encounter_hash(KEY, ids[number]) if ids else None,
@@ -298,25 +385,47 @@ def predict(
 @pytest.mark.parametrize("window", ["predictions", "load"])
 def test_unshifted_rows_are_not_flagged_over_20_seeds(platform: Platform, window: str) -> None:
     checks = [platform.check(f"seed {seed}", window) for seed in range(SEEDS)]
-    assert {each["rows"] for each in checks} == {ROWS}
-    assert all(each["enough_rows"] for each in checks)
+    assert all(each["rows"] >= ROWS and each["enough_rows"] for each in checks)
     assert [each["drifted_features"] for each in checks] == [0] * SEEDS
-    ((worst,),) = platform.database.rows(
-        "select max(psi) from monitoring.drift where check_id like 'seed %%' and window_name = %s",
+    judged = platform.database.rows(
+        "select max(psi), count(*) filter (where feature = '(score)' and psi is not null) "
+        "from monitoring.drift where check_id like 'seed %%' and window_name = %s",
         window,
     )
+    ((worst, scores),) = judged
+    assert scores == SEEDS
     # Not by a hair: the noise of features with 50 levels and more stays below half of the limit.
     assert 0 < float(str(worst)) < 0.1
 
 
-def test_shifted_load_is_flagged_where_it_shifted(platform: Platform) -> None:
-    assert platform.check("shifted load", "load")["enough_rows"]
-    flagged = platform.flagged("shifted load", "load")
-    assert {"age_midpoint", "a1c_result", "a1c_measured", "a1c_level", "a1c_response"} == flagged
+@pytest.mark.parametrize(
+    ("window", "features_of_it"), [("load", CONSEQUENCES), ("predictions", {"age_midpoint"})]
+)
+def test_shifted_rows_are_flagged_where_they_shifted_over_20_seeds(
+    platform: Platform, window: str, features_of_it: set[str]
+) -> None:
+    checks = [f"shifted {seed}" for seed in range(SEEDS)]
+    assert all(platform.check(name, window)["enough_rows"] for name in checks)
+    assert [platform.flagged(name, window) for name in checks] == [features_of_it] * SEEDS
 
 
-def test_older_patients_are_flagged_among_predictions(platform: Platform) -> None:
-    assert platform.flagged("older", "predictions") == {"age_midpoint"}
+def test_load_has_the_features_that_were_published(platform: Platform) -> None:
+    """Though they are computed by the champion's own SQL from raw rows."""
+    names = ", ".join(platform.champion.scorer.feature_names)
+    expected = {
+        str(encounter): row
+        for split in ("train", "validation", "test")
+        for encounter, *row in platform.database.rows(
+            f"select encounter_id, {names} from clean_data.diabetes_{split} where first_load_id = 2"
+        )
+    }
+    found = platform.database.rows(
+        "select row_id, features from monitoring.window_rows "
+        "where check_id = 'seed 0' and window_name = 'load'"
+    )
+    assert {row_id for row_id, _ in found} == expected.keys()
+    for row_id, row in found:
+        assert row == pytest.approx(expected[str(row_id)], abs=1e-9), row_id
 
 
 def test_window_of_200_rows_is_never_flagged(platform: Platform) -> None:
@@ -326,9 +435,9 @@ def test_window_of_200_rows_is_never_flagged(platform: Platform) -> None:
 
 
 def test_window_without_rows_is_told_of(platform: Platform) -> None:
-    found = platform.check("shifted load", "predictions")
+    found = platform.check("small", "predictions")
     assert (found["rows"], found["enough_rows"], found["drifted_features"]) == (0, False, 0)
-    assert {row["rows"] for row in platform.find("shifted load", "predictions").values()} == {0}
+    assert {row["rows"] for row in platform.find("small", "predictions").values()} == {0}
 
 
 def test_category_that_the_champion_never_saw_is_seen(platform: Platform) -> None:
@@ -364,26 +473,74 @@ def test_calibration_is_held_against_outcomes(platform: Platform) -> None:
     assert "(score)" in platform.flagged("too sure", "predictions")
 
 
+def test_outcomes_that_arrive_later_find_their_prediction(platform: Platform) -> None:
+    found = platform.check("arrived", "predictions")
+    assert (found["rows"], found["labelled_rows"]) == (0, 4 * ROWS)
+    assert found["calibration_error"] < 0.03
+
+
+def test_predictions_for_what_the_champion_learnt_from_prove_nothing(platform: Platform) -> None:
+    found = platform.check("learnt", "predictions")
+    assert (found["rows"], found["labelled_rows"]) == (ROWS, 0)
+
+
 def test_load_is_held_against_outcomes_that_the_champion_did_not_learn_from(
     platform: Platform,
 ) -> None:
-    ((validation,),) = platform.database.rows(
-        "select count(*) from intermediate.int_encounters__features "
-        "where last_load_id = 100 and split = 'validation'"
-    )
+    # Of a load after its training, the champion knows no row, but those of test are not touched.
     found = platform.check("seed 0", "load")
-    assert 0 < found["labelled_rows"] == validation < ROWS
-    assert found["calibration_error"] is None  # too few of them
-    # Of a load after its training, the champion knows no row but those of test are not touched.
-    ((scorable,),) = platform.database.rows(
-        "select count(*) from intermediate.int_encounters__features "
-        "where last_load_id = 2 and split <> 'test' and exclusion_reason is null"
-    )
-    assert platform.check("shifted load", "load")["labelled_rows"] == scorable
+    assert found["labelled_rows"] == platform.count("first_load_id = 2 and split <> 'test'")
+    assert found["calibration_error"] < 0.05
+    # Of what it learnt from, those of validation are left.
+    with closing(psycopg2.connect(platform.database.dsn)) as connection:
+        cursor = connection.cursor()
+        drift.begin(cursor, platform.champion)
+        counts = drift.add(cursor, check("c", START), platform.champion, Loads(0, 1))
+        cursor.execute("select count(*) from monitoring.window_outcomes")
+        assert cursor.fetchone() == (len(platform.held_out),)
+        connection.rollback()
+    assert counts["load"] == platform.count("first_load_id = 1")
+
+
+def test_predictions_of_the_version_before_count_where_its_features_are_the_same(
+    platform: Platform,
+) -> None:
+    found = platform.find("swapped", "predictions")
+    assert {found[name]["rows"] for name in ("age_midpoint", "race")} == {1200}
+    # Scores are of one version: six hundred are too few.
+    assert (found["(score)"]["rows"], found["(score)"]["psi"]) == (600, None)
+
+
+def test_corrections_are_no_sample_of_patients(platform: Platform) -> None:
+    found = platform.check("small", "load")
+    assert found["rows"] == platform.count(f"first_load_id = {SMALL}") <= 200
+
+
+def test_small_loads_wait_for_one_another_and_none_is_passed_over(platform: Platform) -> None:
+    with closing(psycopg2.connect(platform.database.dsn)) as connection:
+        cursor = connection.cursor()
+        judged = "select loads_after, load_id from monitoring.drift_checks where check_id = %s"
+        cursor.execute(f"{judged} and window_name = 'load'", ("seed 3",))
+        assert cursor.fetchone() == (UNSHIFTED[2], UNSHIFTED[3])
+        # What came since the last load that was judged.
+        assert drift.loads_of(cursor, "next", 1) == (SMALL - 1, SMALL)
+        # What this check looked at, whatever came since.
+        assert drift.loads_of(cursor, "seed 3", 1) == (UNSHIFTED[2], UNSHIFTED[3])
+        cursor.execute(
+            "update monitoring.drift_checks set enough_rows = true, loads_after = 7 "
+            "where check_id = 'small' and window_name = 'load'"
+        )
+        # Nothing new: the same again.
+        assert drift.loads_of(cursor, "next", 1) == (7, SMALL)
+        cursor.execute("delete from monitoring.drift_checks")
+        # What the champion did not learn from; the newest, where it learnt from all.
+        assert drift.loads_of(cursor, "next", 1) == (1, SMALL)
+        assert drift.loads_of(cursor, "next", SMALL) == (SMALL - 1, SMALL)
+        connection.rollback()
 
 
 def test_rerun_of_a_check_replaces_its_rows_and_no_other(platform: Platform) -> None:
-    everything = "select * from monitoring.{} order by 1, 3, 2, 4, 5"
+    everything = "select * from monitoring.{} where check_id <> 'arrived' order by 1, 3, 2, 4, 5"
     tables = ("drift", "calibration", "drift_checks")
 
     def stored() -> list[list[tuple[object, ...]]]:
@@ -394,14 +551,21 @@ def test_rerun_of_a_check_replaces_its_rows_and_no_other(platform: Platform) -> 
     with closing(psycopg2.connect(platform.database.dsn)) as connection:
         with connection:
             drift.begin(connection.cursor(), platform.champion)
-        with connection:
-            again = check("calibrated", 50)
-            drift.add(connection.cursor(), again, platform.champion, None)
+        again = check("calibrated", START + 10 * DAY)
+        none = replace(check("arrived", START + 100 * DAY), outcome_days=1)
+        for repeated in (again, none):
+            with connection:
+                cursor = connection.cursor()
+                drift.add(cursor, repeated, platform.champion, Loads(None, None))
     # A full refresh, by which earlier checks would be lost, is refused quietly.
     done = platform.dbt("run", "--full-refresh", "--select", "path:models/monitoring")
     assert done.returncode == 0, done.stdout
     for table, was, found in zip(tables, before, stored(), strict=True):
         assert found == was, table
+    # Nothing takes the place of outcomes that were found before, and they are gone all the same.
+    assert platform.check("arrived", "predictions")["labelled_rows"] == 0
+    assert drift.version_of(platform.database.dsn, "arrived") == "1"
+    assert drift.version_of(platform.database.dsn, "unheard of") is None
 
 
 def test_plain_build_leaves_monitoring_alone(platform: Platform) -> None:
@@ -422,7 +586,7 @@ def test_every_column_of_monitoring_is_described(platform: Platform) -> None:
         for node in (manifest["nodes"] | manifest["sources"]).values()
         if "models/monitoring" in node["original_file_path"] and node["resource_type"] != "test"
     }
-    assert len(described) == 8
+    assert len(described) == 9
     for (schema, table), columns in described.items():
         there = platform.database.rows(
             "select column_name from information_schema.columns "
@@ -436,7 +600,7 @@ def test_every_column_of_monitoring_is_described(platform: Platform) -> None:
 
 def test_missing_features_are_one_clear_error(database: Database, platform: Platform) -> None:
     with pytest.raises(DriftError, match="run the DAG diabetes_data_processing"):
-        drift.prepare(database.dsn, check("c", 0), platform.champion)
+        drift.prepare(database.dsn, check("c", START), platform.champion)
 
 
 class TestOfARegisteredChampion:
@@ -444,19 +608,24 @@ class TestOfARegisteredChampion:
 
     pytestmark = WARNINGS
 
-    def test_from_the_registry_to_the_report(self, registered: Registered, tmp_path: Path) -> None:
+    def test_from_the_registry_to_the_report(
+        self, registered: Registered, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         database = registered.database
         assert fetch(registered.uri, "no-such-alias", tmp_path) is None
         champion = fetch(registered.uri, "champion", tmp_path)
         assert champion is not None
         assert (champion.version, champion.load_id) == (registered.champion, 1)
-        known = check("end to end", 0)
+        known = check("end to end", START)
         counts = drift.prepare(database.dsn, known, champion)
         assert counts["load"] > 10_000
         dbt = Dbt(database, tmp_path / "target")
         done = dbt("run", "--select", "path:models/monitoring")
         assert done.returncode == 0, done.stdout
-        assert drift.drifted(database.dsn, known.check_id) == []
+        assert drift.found(database.dsn, known.check_id) == [
+            Found("load", counts["load"], True, {}),
+            Found("predictions", 0, False, {}),
+        ]
         ((rows, labelled, error),) = database.rows(
             "select rows, labelled_rows, calibration_error from monitoring.drift_checks "
             "where window_name = 'load' and check_id = %s",
@@ -468,9 +637,10 @@ class TestOfARegisteredChampion:
         )
         assert 0 <= float(str(error)) < 0.1
 
+        before = publish(database.dsn, registered.uri, known.check_id, 0.2)
         made = publish(database.dsn, registered.uri, known.check_id, 0.2)
-        assert len(made) == 1  # nothing was predicted
-        assert publish(database.dsn, registered.uri, known.check_id, 0.2) == made
+        assert len(before) == len(made) == 1  # nothing was predicted
+        assert registered.client.get_run(before[0]).info.lifecycle_stage == "deleted"
         run = registered.client.get_run(made[0])
         assert run.data.tags["window"] == "load"
         assert run.data.tags["model_version"] == registered.champion
@@ -484,6 +654,12 @@ class TestOfARegisteredChampion:
         assert "age_midpoint" in Path(page).read_text(encoding="utf-8")
         with pytest.raises(DriftError, match="no check unheard of"):
             publish(database.dsn, registered.uri, "unheard of", 0.2)
+        with pytest.raises(DriftError, match="no check unheard of"):
+            drift.found(database.dsn, "unheard of")
+        # Of what it learnt from nothing is left: no drawing of a load beside itself.
+        database.rows("update monitoring.windows set learnt_load_id = 0")
+        assert publish(database.dsn, registered.uri, known.check_id, 0.2) == []
+        assert "none is left" in caplog.text
 
 
 def test_reference_is_what_training_made(platform: Platform) -> None:

@@ -11,14 +11,18 @@ from serving.prediction_log import _HASH_BYTES, _hash
 REFERENCE = {
     "features": {
         "age": {"edges": [50.0, 70.0], "shares": [0.2, 0.3, 0.5]},
-        "race": {"levels": ["Caucasian", "Asian", "other"], "shares": [0.9, 0.08, 0.02]},
+        "race": {
+            "levels": ["Caucasian", "Asian", "other"],
+            "rest": ["Amish", "Hispanic"],
+            "shares": [0.9, 0.08, 0.02],
+        },
     },
     "score": {"edges": [0.1], "shares": [0.4, 0.6]},
 }
 
 
 def test_numbers_become_intervals_without_a_gap() -> None:
-    rows = [row for row in reference_rows(REFERENCE, {}) if row[0] in ("age", SCORE)]
+    rows = [row for row in reference_rows(REFERENCE) if row[0] in ("age", SCORE)]
     assert rows == [
         ("age", 0, "interval", -math.inf, 50.0, None, 0.2),
         ("age", 1, "interval", 50.0, 70.0, None, 0.3),
@@ -29,8 +33,7 @@ def test_numbers_become_intervals_without_a_gap() -> None:
 
 
 def test_levels_that_are_counted_in_other_are_known_too() -> None:
-    known = {"race": ["Hispanic", "Asian", "Amish"], "no_feature": ["x"]}
-    rows = [row for row in reference_rows(REFERENCE, known) if row[0] == "race"]
+    rows = [row for row in reference_rows(REFERENCE) if row[0] == "race"]
     assert [(row[1], row[2], row[5], row[6]) for row in rows] == [
         (0, "level", "Caucasian", 0.9),
         (1, "level", "Asian", 0.08),
@@ -42,7 +45,7 @@ def test_levels_that_are_counted_in_other_are_known_too() -> None:
 
 def test_level_named_other_is_not_the_references_rest() -> None:
     found = {"levels": ["other", "a", "other"], "shares": [0.5, 0.4, 0.1]}
-    rows = reference_rows({"features": {"f": found}, "score": REFERENCE["score"]}, {})
+    rows = reference_rows({"features": {"f": found}, "score": REFERENCE["score"]})
     assert [row[2:3] + row[5:] for row in rows if row[0] == "f"] == [
         ("level", "other", 0.5),
         ("level", "a", 0.4),

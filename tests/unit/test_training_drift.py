@@ -111,6 +111,7 @@ def test_the_rarest_of_many_levels_go_together() -> None:
     specialty = reference()["features"]["specialty"]
     assert len(specialty["levels"]) == len(specialty["shares"]) == 51
     counts = FRAME["specialty"].value_counts()
+    assert set(specialty["levels"][:-1]) | set(specialty["rest"]) == set(FRAME["specialty"])
     assert specialty["shares"][-1] == pytest.approx(counts.iloc[50:].sum() / 3000)
     assert min(specialty["shares"][:-1]) >= counts.iloc[50:].max() / 3000
 

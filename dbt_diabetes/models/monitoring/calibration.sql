@@ -4,18 +4,17 @@ select
     windows.window_name,
     reference.bin,
     count(*) as rows,
-    {{ same_in_any_order('avg(window_rows.probability)') }} as predicted,
-    cast(avg(window_rows.observed) as double precision) as observed
+    {{ same_in_any_order('avg(outcomes.probability)') }} as predicted,
+    cast(avg(outcomes.observed) as double precision) as observed
 from {{ source('drift_inputs', 'windows') }} as windows
-inner join {{ source('drift_inputs', 'window_rows') }} as window_rows
+inner join {{ source('drift_inputs', 'window_outcomes') }} as outcomes
     on
-        windows.check_id = window_rows.check_id
-        and windows.window_name = window_rows.window_name
+        windows.check_id = outcomes.check_id
+        and windows.window_name = outcomes.window_name
 inner join {{ source('drift_inputs', 'reference') }} as reference
     on
         windows.model_version = reference.model_version
         and reference.feature = '(score)'
-        and window_rows.probability >= reference.lower_bound
-        and window_rows.probability < reference.upper_bound
-where window_rows.observed is not null
+        and outcomes.probability >= reference.lower_bound
+        and outcomes.probability < reference.upper_bound
 group by windows.check_id, windows.window_name, reference.bin

@@ -38,12 +38,16 @@ select
     windows.window_name,
     windows.checked_at,
     windows.model_version,
+    windows.begins_at,
+    windows.loads_after,
+    windows.load_id,
     coalesce(counted.rows, 0) as rows,
     coalesce(calibrated.rows, 0) as labelled_rows,
     case when calibrated.rows >= {{ var('drift_min_rows') }} then calibrated.error end
         as calibration_error,
     coalesce(drifted.features, 0) as drifted_features,
-    coalesce(counted.rows, 0) >= {{ var('drift_min_rows') }} as enough_rows
+    coalesce(counted.rows, 0) >= {{ var('drift_min_rows') }} as enough_rows,
+    cast({{ var('drift_limit') }} as double precision) as drift_limit
 from {{ source('drift_inputs', 'windows') }} as windows
 left join counted
     on windows.check_id = counted.check_id and windows.window_name = counted.window_name
