@@ -113,13 +113,11 @@ class Exporter(Collector):
     Args:
         sources: what is read in threads.
         state: the platform's state folder, whose file system is told of.
-        drift_limit: PSI from which drift counts.
     """
 
-    def __init__(self, sources: Iterable[Source], state: Path, drift_limit: float) -> None:
+    def __init__(self, sources: Iterable[Source], state: Path) -> None:
         self._sources = list(sources)
         self._state = state
-        self._drift_limit = drift_limit
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: to be registered must not wait for anybody."""
@@ -129,11 +127,6 @@ class Exporter(Collector):
         """What the sources said last, and the disk as it is now."""
         for source in self._sources:
             yield from source.metrics()
-        yield GaugeMetricFamily(
-            "drift_limit",
-            "Population stability index from which a feature or the score has drifted",
-            value=self._drift_limit,
-        )
         yield from disk(self._state)
 
 
@@ -189,7 +182,7 @@ def serve(chosen: Settings, host: str, port: int) -> None:
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     read = sources(chosen)
-    registry.register(Exporter(read, chosen.state_dir, chosen.drift_limit))
+    registry.register(Exporter(read, chosen.state_dir))
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

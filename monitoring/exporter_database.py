@@ -1,7 +1,8 @@
 """What the data database says of the pipeline, as metrics.
 
-Each group of metrics is one question to the tables it needs; where they are not there yet, or this
-login may not read them, the group is absent. Nothing waits for longer than the timeouts.
+Each group of metrics is one question to the tables it needs; where they are not there yet, the
+group is absent. So it is where it can't be answered, and `pipeline_question_up` says so: no value
+ends without anybody being told. Nothing waits for longer than the timeouts.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ class Question:
     """One query and what its answer means.
 
     Attributes:
+        name: what it asks for.
         tables: that it reads; it is not asked before all of them are there.
         sql: the query.
         made: makes metrics of its rows.
         arguments: of the query.
     """
 
+    name: str
     tables: tuple[str, ...]
     sql: str
     made: Callable[[Rows], list[Metric]]
@@ -73,45 +76,66 @@ class DatabaseReader:
         """
         deadline = time.monotonic() + _BUDGET
         found: list[Metric] = []
+        up: list[tuple[str, bool]] = []
         with closing(psycopg2.connect(self._dsn)) as connection:
             connection.autocommit = True
             cursor = connection.cursor()
-            there = self._readable(cursor)
+            there = self._tables(cursor)
             for question in QUESTIONS:
-                if not there.issuperset(question.tables) or time.monotonic() > deadline:
-                    continue
-                try:
-                    cursor.execute(question.sql, question.arguments)
-                    found += question.made(cursor.fetchall())
-                except (
-                    psycopg2.errors.QueryCanceled,
-                    psycopg2.errors.LockNotAvailable,
-                    psycopg2.ProgrammingError,
-                ) as error:
-                    # Too slow, locked, dropped since, or with other columns than we know.
-                    self._complain(question.tables[0], error)
-        return found
+                if there.keys() >= set(question.tables):
+                    readable = all(there[table] for table in question.tables)
+                    answer = self._ask(cursor, question, readable, deadline)
+                    found += answer or ()
+                    up.append((question.name, answer is not None))
+        text = "1 if what is asked of the database was answered, of tables that are there"
+        return [*found, gauge("pipeline_question_up", text, ["question"], up)]
+
+    def _ask(
+        self,
+        cursor: psycopg2.extensions.cursor,
+        question: Question,
+        readable: bool,
+        deadline: float,
+    ) -> list[Metric] | None:
+        """Metrics of one question; None where it can't be answered now."""
+        if not readable:
+            self._complain(question.name, "this login may not read its tables")
+            return None
+        if time.monotonic() > deadline:
+            self._complain(question.name, "the questions before it took too long")
+            return None
+        try:
+            cursor.execute(question.sql, question.arguments)
+            return question.made(cursor.fetchall())
+        except (
+            psycopg2.errors.QueryCanceled,
+            psycopg2.errors.LockNotAvailable,
+            psycopg2.ProgrammingError,
+        ) as error:
+            # Too slow, locked, dropped since, or with other columns than we know.
+            self._complain(question.name, str(error))
+            return None
 
     @staticmethod
-    def _readable(cursor: psycopg2.extensions.cursor) -> set[str]:
+    def _tables(cursor: psycopg2.extensions.cursor) -> dict[str, bool]:
+        """Tables that are there, and whether this login may read them."""
         cursor.execute(
             """
-            select n.nspname || '.' || c.relname
+            select n.nspname || '.' || c.relname,
+                has_schema_privilege(n.oid, 'usage') and has_table_privilege(c.oid, 'select')
             from pg_catalog.pg_class as c
             inner join pg_catalog.pg_namespace as n on n.oid = c.relnamespace
             where c.relkind in ('r', 'v', 'm', 'p')
                 and n.nspname || '.' || c.relname = any(%s)
-                and has_schema_privilege(n.oid, 'usage')
-                and has_table_privilege(c.oid, 'select')
             """,
             (sorted({table for question in QUESTIONS for table in question.tables}),),
         )
-        return {name for (name,) in cursor.fetchall()}
+        return dict(cursor.fetchall())
 
-    def _complain(self, table: str, error: psycopg2.Error) -> None:
-        if table not in self._complained:
-            self._complained.add(table)
-            log.warning("%s: can't be read: %s", table, " ".join(str(error).split()))
+    def _complain(self, name: str, why: str) -> None:
+        if name not in self._complained:
+            self._complained.add(name)
+            log.warning("%s: can't be read: %s", name, " ".join(why.split()))
 
 
 def gauge(
@@ -181,27 +205,31 @@ def _published(rows: Rows) -> list[Metric]:
     ]
 
 
-def _dbt(rows: Rows) -> list[Metric]:
-    if not rows:
-        return []
+def _dbt_results(rows: Rows) -> list[Metric]:
     return [
         gauge(
             "dbt_results",
-            "Nodes of dbt's newest invocation, by what became of them",
+            "Nodes of the dbt project by what became of each when it last ran",
             ["resource_type", "status"],
-            [row[:3] for row in rows],
-        ),
+            rows,
+        )
+    ]
+
+
+def _dbt_builds(rows: Rows) -> list[Metric]:
+    """Of rows selection, seconds, end."""
+    return [
         gauge(
             "dbt_build_duration_seconds",
-            "From the first node's begin to the last node's end in dbt's newest invocation",
-            [],
-            [rows[0][3:4]],
+            "From the first node's begin to the last node's end in the newest build",
+            ["selection"],
+            [row[:2] for row in rows],
         ),
         gauge(
             "dbt_build_finished_timestamp_seconds",
-            "When the last node of dbt's newest invocation ended",
-            [],
-            [rows[0][4:5]],
+            "When the last node of the newest build ended",
+            ["selection"],
+            [(row[0], row[2]) for row in rows],
         ),
     ]
 
@@ -245,7 +273,7 @@ def _drift(rows: Rows) -> list[Metric]:
 
 
 def _checks(rows: Rows) -> list[Metric]:
-    """Of rows window, moment, rows, rows with labels, calibration error."""
+    """Of rows window, moment, rows, rows with labels, calibration error, limit."""
     return [
         gauge(
             "drift_checked_timestamp_seconds",
@@ -271,6 +299,12 @@ def _checks(rows: Rows) -> list[Metric]:
             ["window"],
             [(row[0], row[4]) for row in rows],
         ),
+        gauge(
+            "drift_limit",
+            "Population stability index from which a feature or the score has drifted",
+            ["window"],
+            [(row[0], row[5]) for row in rows],
+        ),
     ]
 
 
@@ -278,10 +312,11 @@ SCORE = "(score)"
 """Stands for a feature's name where the score is meant."""
 
 _WINDOWS = "('predictions', 'load')"
+_CLEAN_DATA_MODELS = [f"model.diabetes.{name}" for name in CLEAN_DATA]
 _SPLITS = ("train", "validation", "test", "excluded")
 _NEWEST_CHECKS = f"""
 select distinct on (window_name) window_name, check_id, checked_at, rows, labelled_rows,
-    calibration_error
+    calibration_error, drift_limit
 from monitoring.drift_checks
 where window_name in {_WINDOWS}
 order by window_name asc, checked_at desc
@@ -289,14 +324,21 @@ order by window_name asc, checked_at desc
 
 QUESTIONS = (
     Question(
+        "splits",
         tuple(f"clean_data.diabetes_{split}" for split in _SPLITS),
         " union all ".join(
             f"select '{split}', count(*) from clean_data.diabetes_{split}" for split in _SPLITS
         ),
         _splits,
     ),
-    Question(("clean_data.batch_info",), "select count(*) from clean_data.batch_info", _batches),
     Question(
+        "batches",
+        ("clean_data.batch_info",),
+        "select count(*) from clean_data.batch_info",
+        _batches,
+    ),
+    Question(
+        "load",
         ("raw_data.ingestion_log",),
         """
         select rows_inserted, rows_updated, rows_unchanged, rows_rejected, rows_deleted,
@@ -308,6 +350,7 @@ QUESTIONS = (
         _load,
     ),
     Question(
+        "clipped",
         ("clean_data.clip_report",),
         """
         select feature, sum(rows_raised), sum(rows_lowered)
@@ -319,6 +362,7 @@ QUESTIONS = (
         _clipped,
     ),
     Question(
+        "published",
         ("monitoring.dbt_results",),
         """
         select case when count(*) = %(number)s then extract(epoch from min(built_at)) end
@@ -332,40 +376,58 @@ QUESTIONS = (
         _published,
         {
             "number": len(CLEAN_DATA),
-            "models": [f"model.diabetes.{name}" for name in CLEAN_DATA],
+            "models": _CLEAN_DATA_MODELS,
         },
     ),
+    # Builds follow one another, and each runs only a part of the project: what failed stays failed
+    # until it runs again. A node that was skipped did not run.
     Question(
+        "dbt_results",
         ("monitoring.dbt_results",),
         """
-        with newest as (
-            select invocation_id
+        select resource_type, status, count(*)
+        from (
+            select distinct on (unique_id) resource_type, status
             from monitoring.dbt_results
             where finished_at is not null
-            order by finished_at desc
-            limit 1
-        ),
-        nodes as (
-            select resource_type, status, finished_at,
-                finished_at - execution_seconds * interval '1 second' as started_at
-            from monitoring.dbt_results
-            where invocation_id = (select invocation_id from newest)
-        ),
-        build as (
-            select extract(epoch from max(finished_at) - min(started_at)) as seconds,
-                extract(epoch from max(finished_at)) as finished
-            from nodes
-        )
-        select resource_type, status, count(*), max(seconds), max(finished)
-        from nodes
-        cross join build
+            order by unique_id asc, finished_at desc
+        ) as newest
         group by resource_type, status
         order by resource_type, status
         limit 100
         """,
-        _dbt,
+        _dbt_results,
     ),
     Question(
+        "dbt_builds",
+        ("monitoring.dbt_results",),
+        """
+        with builds as (
+            select invocation_id,
+                array_agg(unique_id) as nodes,
+                max(finished_at) as finished_at,
+                min(finished_at - execution_seconds * interval '1 second') as started_at
+            from monitoring.dbt_results
+            group by invocation_id
+        ),
+        selections as (
+            select 'data' as selection, %(data)s as models
+            union all
+            select 'monitoring', %(monitoring)s
+        )
+        select distinct on (selection) selection,
+            extract(epoch from finished_at - started_at),
+            extract(epoch from finished_at)
+        from selections
+        inner join builds on nodes @> models
+        where finished_at is not null
+        order by selection asc, finished_at desc
+        """,
+        _dbt_builds,
+        {"data": _CLEAN_DATA_MODELS, "monitoring": ["model.diabetes.drift_checks"]},
+    ),
+    Question(
+        "drift",
         ("monitoring.drift_checks", "monitoring.drift"),
         f"""
         with newest as ({_NEWEST_CHECKS})
@@ -380,9 +442,11 @@ QUESTIONS = (
         _drift,
     ),
     Question(
+        "drift_checks",
         ("monitoring.drift_checks",),
         f"""
-        select window_name, extract(epoch from checked_at), rows, labelled_rows, calibration_error
+        select window_name, extract(epoch from checked_at), rows, labelled_rows, calibration_error,
+            drift_limit
         from ({_NEWEST_CHECKS}) as newest
         """,
         _checks,

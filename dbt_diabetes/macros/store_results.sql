@@ -3,12 +3,15 @@
 
     One statement and so one transaction. A user who may not write there (one who only reads, say)
     stores nothing and is not disturbed. Of the newest 50 invocations everything is kept; of older
-    ones only when a model was last built.
+    ones each node's newest result of each status, so that neither what failed is forgotten before it
+    runs again, nor when a model was last built. What is no longer in the project is forgotten. Unit
+    tests judge the code, not the data, and are not stored.
 -#}
 {% macro store_results(results) -%}
     {%- if execute and results and target.type == 'postgres' -%}
         {%- set rows = [] -%}
-        {%- for result in results if result.node and result.node.resource_type != 'operation' -%}
+        {%- set others = ['operation', 'unit_test'] -%}
+        {%- for result in results if result.node and result.node.resource_type not in others -%}
             {%- set ends = result.timing | map(attribute='completed_at') | select | list -%}
             {%- set values = [
                 dbt.string_literal(invocation_id),
@@ -22,12 +25,12 @@
             {%- do rows.append('(' ~ values | join(', ') ~ ')') -%}
         {%- endfor -%}
         {%- if rows -%}
-            {{ store_rows(rows) }}
+            {{ store_rows(rows, graph.nodes | sort) }}
         {%- endif -%}
     {%- endif -%}
 {%- endmacro %}
 
-{% macro store_rows(rows) -%}
+{% macro store_rows(rows, nodes) -%}
 do $store_results$
 begin
     -- Two invocations at a time must not both create.
@@ -51,22 +54,24 @@ begin
         {{ rows | join(',\n        ') }}
     on conflict do nothing;
     delete from monitoring.dbt_results as old
-    where old.invocation_id not in (
-        select invocation_id
-        from monitoring.dbt_results
-        group by invocation_id
-        order by max(finished_at) desc nulls last
-        limit 50
-    )
-    and (
-        old.resource_type <> 'model'
-        or old.status <> 'success'
-        or exists (
-            select 1
-            from monitoring.dbt_results as newer
-            where newer.unique_id = old.unique_id
-                and newer.status = 'success'
-                and newer.finished_at > old.finished_at
+    where old.unique_id not in ('{{ nodes | join("', '") }}')
+    or (
+        old.invocation_id not in (
+            select invocation_id
+            from monitoring.dbt_results
+            group by invocation_id
+            order by max(finished_at) desc nulls last
+            limit 50
+        )
+        and (
+            old.finished_at is null
+            or exists (
+                select 1
+                from monitoring.dbt_results as newer
+                where newer.unique_id = old.unique_id
+                    and newer.status = old.status
+                    and newer.finished_at > old.finished_at
+            )
         )
     );
 exception

@@ -41,7 +41,7 @@ create table monitoring.drift (
 create table monitoring.drift_checks (
     check_id text, window_name text, checked_at timestamptz, model_version text, rows bigint,
     labelled_rows bigint, calibration_error double precision, drifted_features bigint,
-    enough_rows boolean
+    enough_rows boolean, drift_limit double precision
 );
 """
 
@@ -79,6 +79,11 @@ def dbt(database: Database, target: Path, *arguments: str, **variables: str) -> 
         capture_output=True,
         check=False,
     ).returncode
+
+
+def up(metric: Metric) -> dict[str, float]:
+    """Whether each question was answered."""
+    return {sample.labels["question"]: sample.value for sample in metric.samples}
 
 
 @pytest.fixture(scope="module")
@@ -154,42 +159,85 @@ def test_every_node_is_stored_with_its_own_time(built: Database) -> None:
         "select count(distinct finished_at), count(finished_at) from monitoring.dbt_results"
     )
     assert int(str(moments)) > int(str(nodes)) / 2
-    assert 0 < found["dbt_build_duration_seconds"][()] < 120
-    finished = found["dbt_build_finished_timestamp_seconds"][()]
+    assert set(found["dbt_build_duration_seconds"]) == {("data",)}
+    assert 0 < found["dbt_build_duration_seconds"]["data",] < 120
+    finished = found["dbt_build_finished_timestamp_seconds"]["data",]
     assert before - 600 < finished <= before
     assert before - 600 < found["pipeline_published_timestamp_seconds"][()] <= finished
 
 
-def test_old_invocations_are_forgotten_but_not_when_a_model_was_built(
-    built: Database, target: Path
-) -> None:
-    published = read(built)["pipeline_published_timestamp_seconds"]
+def invoked(database: Database, results: dict[str, str], count: int = 1) -> None:
+    """So many made-up invocations of dbt, each a little later than all before."""
+    values = ", ".join(f"('{node}', '{status}')" for node, status in results.items())
+    database.rows(
+        f"""insert into monitoring.dbt_results
+        select 'made up ' || known + i, node, split_part(node, '.', 1), status, 1, 0,
+            case when status <> 'skipped' then newest + i * interval '1 ms' end
+        from generate_series(1, {count}) as i
+        cross join (values {values}) as result (node, status)
+        cross join (
+            select count(*) as known, max(finished_at) as newest from monitoring.dbt_results
+        ) as stored"""
+    )
+
+
+@pytest.fixture
+def history(built: Database) -> Iterator[Database]:
+    """What dbt has stored, for a test to add to."""
+    built.rows("create table public.kept as select * from monitoring.dbt_results")
+    yield built
     built.rows(
-        """insert into monitoring.dbt_results
-        select 'made up ' || i, 'test.diabetes.' || n, 'test', 'pass', 1, 0,
-            now() + i * interval '1 second'
-        from generate_series(1, 60) as i cross join generate_series(1, 3) as n"""
+        "truncate monitoring.dbt_results; "
+        "insert into monitoring.dbt_results select * from public.kept; drop table public.kept"
     )
-    ((seeds,),) = built.rows(
-        "select count(*) from monitoring.dbt_results where resource_type = 'seed'"
+
+
+DRIFT_BUILD = {"model.diabetes.drift": "success", "model.diabetes.drift_checks": "success"}
+
+
+def test_a_failure_stays_until_the_node_runs_again(history: Database) -> None:
+    before = read(history)
+    tests = {"test.diabetes.clip_bounds_hold": "fail", "test.diabetes.lookups_are_total": "pass"}
+    invoked(history, tests | {"model.diabetes.diabetes_train": "skipped"})
+    invoked(history, DRIFT_BUILD, count=3)
+    found = read(history)
+    models = before["dbt_results"]["model", "success"]
+    # What was skipped did not run: its last result stands.
+    assert found["dbt_results"] == before["dbt_results"] | {
+        ("model", "success"): models + 2,
+        ("test", "fail"): 1,
+        ("test", "pass"): 1,
+    }
+    took = found["dbt_build_duration_seconds"]
+    assert took == before["dbt_build_duration_seconds"] | {("monitoring",): 1}
+    invoked(history, {"test.diabetes.clip_bounds_hold": "pass"})
+    found = read(history)
+    assert found["dbt_results"]["test", "pass"] == 2
+    assert ("test", "fail") not in found["dbt_results"]
+
+
+def test_old_invocations_are_forgotten_but_not_what_failed_nor_when_a_model_was_built(
+    history: Database, target: Path
+) -> None:
+    before = read(history)
+    failed = {"test.diabetes.lookups_are_total": "fail", "model.diabetes.no_more": "error"}
+    invoked(history, failed | {"model.diabetes.diabetes_test": "skipped"})
+    invoked(history, DRIFT_BUILD, count=60)
+    assert dbt(history, target, "test", "--select", "clip_bounds_hold") == 0
+    made_up = history.rows(
+        """select unique_id, status, count(*) from monitoring.dbt_results
+        where invocation_id like 'made up%' group by 1, 2 order by 1"""
     )
-    assert int(str(seeds)) > 0
-    assert dbt(built, target, "test", "--select", "clip_bounds_hold") == 0
-    kept = built.rows(
-        """select resource_type, count(distinct invocation_id) from monitoring.dbt_results
-        where invocation_id not like 'made up%' group by 1"""
-    )
-    # The build's seeds are gone, its models are the newest that there are.
-    assert kept == [("model", 1)]
-    ((invocations,),) = built.rows(
-        """select count(distinct invocation_id) from monitoring.dbt_results
-        where resource_type <> 'model'"""
-    )
-    assert invocations == 50
-    found = read(built)
-    assert found["pipeline_published_timestamp_seconds"] == published
-    assert found["dbt_results"] == {("test", "pass"): 3}
-    built.rows("delete from monitoring.dbt_results where invocation_id like 'made up%'")
+    # One of the newest fifty is dbt's own. What the project has no more is forgotten.
+    assert made_up == [
+        ("model.diabetes.drift", "success", 49),
+        ("model.diabetes.drift_checks", "success", 49),
+        ("test.diabetes.lookups_are_total", "fail", 1),
+    ]
+    found = read(history)
+    for name in ("pipeline_published_timestamp_seconds", "dbt_build_finished_timestamp_seconds"):
+        assert found[name].items() >= before[name].items()
+    assert found["dbt_results"]["test", "fail"] == 1
 
 
 def test_a_reader_is_not_disturbed_and_stores_nothing(built: Database, target: Path) -> None:
@@ -208,13 +256,22 @@ def test_a_reader_is_not_disturbed_and_stores_nothing(built: Database, target: P
         # Nor does the exporter need more than it may see.
         login = built.dsn.replace("user=postgres", "user=reader")
         told = {
-            metric.name
+            metric.name: metric
             for metric in DatabaseReader(
                 login.replace("password=only-for-tests", "password='only for tests'")
             ).read()
         }
         assert "pipeline_split_rows" in told
-        assert not told & {"pipeline_load_rows", "dbt_results"}
+        assert not told.keys() & {"pipeline_load_rows", "dbt_results"}
+        assert up(told["pipeline_question_up"]) == {
+            "splits": 1,
+            "batches": 1,
+            "clipped": 1,
+            "load": 0,
+            "published": 0,
+            "dbt_results": 0,
+            "dbt_builds": 0,
+        }
     finally:
         built.rows("drop owned by reader; drop role reader")
 
@@ -223,10 +280,10 @@ def test_the_newest_check_of_each_window_is_told(database: Database) -> None:
     database.rows(DRIFT)
     database.rows(
         """insert into monitoring.drift_checks values
-        ('1', 'predictions', '2026-01-01', '7', 100, 0, null, 5, true),
-        ('2', 'predictions', '2026-01-02', '7', 200, 50, 0.02, 1, true),
-        ('1', 'load', '2026-01-01', '7', 300, 300, 0.01, 0, true),
-        ('9', 'of somebody else', '2026-01-03', '7', 1, 1, 1, 1, true)"""
+        ('1', 'predictions', '2026-01-01', '7', 100, 0, null, 5, true, 0.2),
+        ('2', 'predictions', '2026-01-02', '7', 200, 50, 0.02, 1, true, 0.25),
+        ('1', 'load', '2026-01-01', '7', 300, 300, 0.01, 0, true, null),
+        ('9', 'of somebody else', '2026-01-03', '7', 1, 1, 1, 1, true, 1)"""
     )
     database.rows(
         """insert into monitoring.drift values
@@ -248,6 +305,8 @@ def test_the_newest_check_of_each_window_is_told(database: Database) -> None:
     assert found["drift_window_rows"] == {("predictions",): 200, ("load",): 300}
     assert found["drift_labelled_rows"] == {("predictions",): 50, ("load",): 300}
     assert found["drift_calibration_error"] == {("predictions",): 0.02, ("load",): 0.01}
+    # A check from before the limit was written down tells none.
+    assert found["drift_limit"] == {("predictions",): 0.25}
     assert set(found["drift_checked_timestamp_seconds"]) == {("predictions",), ("load",)}
 
 
@@ -268,11 +327,13 @@ def test_tables_of_another_shape_or_locked_are_left_out(
     with closing(psycopg2.connect(database.dsn)) as connection:
         connection.cursor().execute("lock table clean_data.batch_info")
         begin = time.monotonic()
-        assert reader.read() == []
+        (told,) = reader.read()
+        assert up(told) == {"batches": 0, "load": 0, "clipped": 0}
         assert time.monotonic() - begin < 3
-    (batches,) = reader.read()
+    batches, told = reader.read()
     assert [sample.value for sample in batches.samples] == [0]
-    assert caplog.text.count("raw_data.ingestion_log: can't be read") == 1
+    assert up(told) == {"batches": 1, "load": 0, "clipped": 0}
+    assert caplog.text.count("load: can't be read") == 1
 
 
 @contextmanager
@@ -282,7 +343,7 @@ def served(database: Database, state: Path) -> Iterator[Callable[[], Values]]:
         "database", ("pipeline_database_up", "Help"), DatabaseReader(database.dsn).read, 0.5
     )
     registry = CollectorRegistry()
-    registry.register(Exporter([source], state, 0.2))
+    registry.register(Exporter([source], state))
     server, thread = start_http_server(0, "127.0.0.1", registry)
     source.start()
     try:
@@ -350,7 +411,7 @@ def test_the_page_keeps_prometheus_conventions(
     source = Source("all", ("pipeline_database_up", "1 if it answers"), everything)
     source.refresh()
     registry = CollectorRegistry()
-    registry.register(Exporter([source], tmp_path, 0.2))
+    registry.register(Exporter([source], tmp_path))
     text = generate_latest(registry).decode()
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False

@@ -218,7 +218,7 @@ def test_real_targets_are_up_and_the_password_stays_private(
         ),
         seconds=0.5,
     )
-    registry.register(Exporter([source], state, 0.2))
+    registry.register(Exporter([source], state))
     source.start()
     server, thread = start_http_server(0, "127.0.0.1", registry)
     try:

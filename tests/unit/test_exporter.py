@@ -81,11 +81,10 @@ def test_the_first_scrape_waits_a_little_and_no_longer(monkeypatch: pytest.Monke
     assert 0.1 < time.monotonic() - begin < 2
 
 
-def test_the_disk_and_the_limit_are_told_without_any_source(tmp_path: Path) -> None:
+def test_the_disk_is_told_of_without_any_source(tmp_path: Path) -> None:
     registry = CollectorRegistry()
-    registry.register(Exporter([], tmp_path, 0.25))
+    registry.register(Exporter([], tmp_path))
     text = generate_latest(registry).decode()
-    assert "drift_limit 0.25" in text
     assert 'disk_free_bytes{volume="state"}' in text
     assert disk(tmp_path / "missing") == []
 
