@@ -16,7 +16,8 @@ API = frozenset(
     http_requests_total http_request_duration_seconds_bucket http_request_duration_seconds_count
     http_requests_in_flight http_requests_shed_total
     prediction_probability_bucket prediction_probability_count prediction_probability_sum
-    prediction_rows_total prediction_log_rows_total prediction_log_spool_bytes
+    prediction_rows_total prediction_log_rows_total prediction_log_spooled_rows_total
+    prediction_log_spool_bytes prediction_log_broken_files
     prediction_log_spool_files prediction_log_spool_limit_bytes prediction_log_connected
     prediction_log_disk_free_bytes prediction_log_disk_size_bytes
     prediction_log_copy_duration_seconds_sum prediction_log_copy_duration_seconds_count
@@ -26,8 +27,8 @@ API = frozenset(
 )
 PIPELINE = frozenset(
     """
-    pipeline_database_up pipeline_split_rows pipeline_batches pipeline_load_rows
-    pipeline_load_deleted_rows pipeline_last_load_timestamp_seconds
+    pipeline_database_up pipeline_question_up pipeline_split_rows pipeline_batches
+    pipeline_load_rows pipeline_load_deleted_rows pipeline_last_load_timestamp_seconds
     pipeline_published_timestamp_seconds pipeline_clipped_rows
     dbt_results dbt_build_duration_seconds dbt_build_finished_timestamp_seconds
     airflow_api_up dag_run_duration_seconds dag_run_success
@@ -40,7 +41,7 @@ PIPELINE = frozenset(
 )
 OTHERS = frozenset(
     """
-    up ALERTS process_resident_memory_bytes process_cpu_seconds_total
+    up ALERTS process_resident_memory_bytes process_cpu_seconds_total process_start_time_seconds
     pg_up pg_database_size_bytes pg_settings_max_connections pg_stat_activity_count
     pg_stat_database_numbackends pg_stat_database_xact_commit pg_stat_database_xact_rollback
     pg_stat_database_blks_hit pg_stat_database_blks_read

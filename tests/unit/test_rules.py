@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -24,8 +26,9 @@ from services.observability import (
     configuration,
     find_tool,
 )
-from settings import PROJECT_ROOT
+from settings import PROJECT_ROOT, settings
 from tests.metrics import METRICS, airflow_metrics, recorded, used
+from training.__main__ import _parser
 
 FOLDER = PROJECT_ROOT / "monitoring" / "prometheus"
 RUNBOOKS = PROJECT_ROOT / "docs" / "runbooks.md"
@@ -35,7 +38,8 @@ ALERTS = set(
     ApiDown PostgresDown MlflowDown AirflowDown AvailabilityBurnFast AvailabilityBurnSlow
     LatencyBurnFast LatencyBurnSlow NoChampion ModelStale ModelRefused DataStale DriftDetected
     ScoreDrift DriftCheckStale CalibrationOff DagFailing DbtFailing RejectsHigh
-    PredictionLogSpoolGrowing PredictionLogSpoolNearlyFull DiskNearlyFull TargetMissing
+    PredictionLogSpoolGrowing PredictionLogSpoolNearlyFull PredictionLogBroken DiskNearlyFull
+    TargetMissing PipelineUnreadable
     """.split()  # noqa: SIM905 - a list to read
 )
 # Killed in a test with real servers, where each has to be told of within two minutes.
@@ -176,6 +180,18 @@ def test_an_alert_without_its_runbook_or_tests_is_named(copied: Path) -> None:
     ]
 
 
+def test_commands_and_links_of_the_runbooks_are_real() -> None:
+    page = RUNBOOKS.read_text()
+    commands = re.findall(r"python -m training ([^`#\n]+)", page)
+    assert {command.split()[0] for command in commands} == {"rollback", "promote"}
+    parser = _parser(settings())
+    for command in commands:
+        parser.parse_args(shlex.split(command))  # ends the test where it is refused
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page)
+    assert "load/results.md" in links
+    assert [link for link in links if not (RUNBOOKS.parent / link).exists()] == []
+
+
 def promtool(*arguments: str | Path) -> tuple[int, str]:
     done = subprocess.run(
         ["promtool", *map(str, arguments)], capture_output=True, text=True, check=False
@@ -232,11 +248,18 @@ MUTATIONS = [
     ("MlflowDown", "for: 30s", "for: 1m"),
     ("PostgresDown", "min(pg_up) == 0", "min(pg_up) == 2"),
     ("PostgresDown", "or min(pipeline_database_up) == 0", ""),
-    ("PostgresDown", 'or max(up{job=~"postgres|pipeline"}) == 0', ""),
+    ("PostgresDown", 'max(up{job=~"postgres|pipeline"}) == 0', "vector(1) == 0"),
+    ("PostgresDown", '"evidence", "silence"', '"evidence", "exporter"'),
     ("PostgresDown", 'max(up{job=~"postgres|pipeline"})', 'min(up{job=~"postgres|pipeline"})'),
     ("AirflowDown", "airflow_api_up) == 0", "airflow_api_up) == 2"),
     ("AirflowDown", "[5m]", "[30m]"),
+    ("AirflowDown", 'max(up{job="airflow"}) == 1', 'max(up{job="airflow"}) == 2'),
+    ("AirflowDown", 'max(up{job="airflow"}) == 1', 'max(up{job="airflow"}) >= 0'),
+    ("AirflowDown", "and min(airflow_api_up offset 10m) == 1", ""),
+    ("AirflowDown", "offset 10m", "offset 5m"),
     ("TargetMissing", "unless on (job)", "unless on (instance)"),
+    ("TargetMissing", 'unless on (job) (up{job=~"postgres', 'unless on () (up{job=~"postgres'),
+    ("TargetMissing", 'and on () max(up{job=~"postgres|pipeline"}) == 0', ""),
     ("TargetMissing", "for: 2m", "for: 5m"),
     ("AvailabilityBurnFast", "ratio_rate1h > 14.4", "ratio_rate1h > 15"),
     ("AvailabilityBurnFast", "and job:http_errors:ratio_rate5m > 14.4 * 0.005", ""),
@@ -249,14 +272,26 @@ MUTATIONS = [
     ("LatencyBurnSlow", ">= 200", ">= 190"),
     ("NoChampion", "for: 15m", "for: 13m"),
     ("NoChampion", "(job, instance)", "(job)"),
-    ("NoChampion", 'alias="champion"', 'alias!=""'),
-    ("ModelRefused", "[1h]) > 0", "[1h]) > 1"),
-    ("ModelRefused", "offset 1h) >= 3", "offset 1h) >= 2"),
+    ("NoChampion", 'alias!="challenger"', 'alias!=""'),
+    ("NoChampion", 'alias!="challenger"', 'alias="champion"'),
+    ("ModelRefused", "[1h]) > 0", "[1h]) > 1.5"),
+    ("ModelRefused", "[1h]) >= 3", "[1h]) >= 2"),
+    ("ModelRefused", "[1h]) >= 3", "[1h]) >= 4"),
+    ("ModelRefused", 'or model_loads_total{result="refused"} > 0', "or vector(1) < 0"),
+    ("ModelRefused", "< 3600", "< 7200"),
     ("ModelStale", "> 90", "> 91"),
+    ("ModelStale", 'alias!="challenger"', 'alias="champion"'),
+    ("ModelStale", 'alias!="challenger"', 'alias!=""'),
     ("ModelStale", "max by", "min by"),
     ("DriftDetected", ">= 1000", ">= 999"),
-    ("DriftDetected", "> on ()", ">= on ()"),
+    ("DriftDetected", "> on (window)", ">= on (window)"),
+    (
+        "DriftDetected",
+        "> on (window) group_left () max by (window) (drift_limit)",
+        "> on () group_left () min(drift_limit)",
+    ),
     ("ScoreDrift", ">= 1000", "> 1000"),
+    ("ScoreDrift", "on (window) group_left () max by (window)", "on () group_left () min"),
     ("CalibrationOff", "> 0.03", "> 0.04"),
     ("CalibrationOff", ">= 5000", ">= 2500"),
     ("DriftCheckStale", "max(", "min("),
@@ -267,6 +302,10 @@ MUTATIONS = [
     ("PredictionLogSpoolGrowing", "[10m]) == 0", "[10m]) < 20"),
     ("PredictionLogSpoolGrowing", "and min_over_time(prediction_log_spool_bytes[10m]) > 0", ""),
     ("PredictionLogSpoolNearlyFull", "> 0.8", "> 0.9"),
+    ("PredictionLogBroken", "> 0", "> 1"),
+    ("PredictionLogBroken", "> 0", ">= 0"),
+    ("PipelineUnreadable", "for: 10m", "for: 5m"),
+    ("PipelineUnreadable", "min by (question)", "max"),
     ("DiskNearlyFull", "< 0.1", "<= 0.1"),
     ("job:http_requests:rate5m", "/v1/.+", ".+"),
     ("job:http_errors:rate1h", "or rate(http_requests_shed_total[1h])", ""),
@@ -314,6 +353,20 @@ def test_every_alert_goes_to_its_receiver() -> None:
         found = receivers(f"alertname={name}", f"severity={severity}")
         assert found == {"page": "on-call", "ticket": "tickets"}[severity]
     assert receivers("alertname=Unheard") == "tickets"
+
+
+@needs_amtool
+def test_the_template_in_the_docs_makes_a_link_of_the_runbook(tmp_path: Path) -> None:
+    page = (PROJECT_ROOT / "docs" / "monitoring.md").read_text()
+    ((template, address),) = re.findall(r"```text\n(.*?(https://\S+?)\{\{.*?)```", page, re.DOTALL)
+    fired = {"annotations": alerts()["ApiDown"]["annotations"]}
+    data, none = tmp_path / "data.json", tmp_path / "none.tmpl"
+    data.write_text(json.dumps({"alerts": [fired]}))
+    none.touch()
+    command = ["amtool", "template", "render", f"--template.glob={none}"]
+    command += [f"--template.data={data}", f"--template.text={template}"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"{address}docs/runbooks.md#apidown" in told
 
 
 def test_pages_are_told_at_once_and_only_known_alerts_are_inhibited() -> None:
@@ -380,11 +433,20 @@ def test_what_follows_from_a_dead_service_is_not_told(tmp_path: Path) -> None:
             ("ModelRefused", "refused"),
         }
         wait_until(lambda: told() == expected)
-        late = [{"labels": {"alertname": "PostgresDown"}}]
-        requests.post(f"{server.url}/api/v2/alerts", json=late, timeout=10).raise_for_status()
-        sent.append(("PostgresDown", {}))
+
+        def dead_database(evidence: str) -> None:
+            labels = {"alertname": "PostgresDown", "evidence": evidence}
+            made = [{"labels": labels}]
+            requests.post(f"{server.url}/api/v2/alerts", json=made, timeout=10).raise_for_status()
+            sent.append(("PostgresDown", {}))
+
+        # That no exporter answers is no evidence against the others.
+        dead_database("silence")
+        expected |= {("PostgresDown",)}
+        wait_until(lambda: told() == expected)
+        dead_database("exporter")
         expected -= {("MlflowDown",), ("PredictionLogSpoolGrowing", "b:1")}
-        expected = expected - {("ModelRefused", "refused")} | {("PostgresDown",)}
+        expected -= {("ModelRefused", "refused")}
         wait_until(lambda: told() == expected)
     finally:
         processes.stop(tmp_path)
