@@ -73,6 +73,7 @@ SERVICE = Board(
             kind="figure",
             limits=(None, 1),
             low=True,
+            width=3,
         ),
         Panel(
             "Requests per second",
@@ -80,6 +81,7 @@ SERVICE = Board(
             [("sum(job:http_requests:rate5m)", "")],
             "reqps",
             "figure",
+            width=3,
         ),
         Panel(
             "Errors",
@@ -125,6 +127,15 @@ SERVICE = Board(
             "percentunit",
             "figure",
             limits=(0.5, 0.8),
+            width=3,
+        ),
+        Panel(
+            "Files put aside",
+            "Of answered predictions that PostgreSQL refused. Red: PredictionLogBroken.",
+            [("sum(prediction_log_broken_files)", "")],
+            kind="figure",
+            limits=(None, 1),
+            width=3,
         ),
         Panel(
             "Requests by route",
@@ -191,9 +202,10 @@ SERVICE = Board(
         ),
         Panel(
             "Prediction log",
-            "Predicted and written per second: the lines lie together, or the spool grows.",
+            "Rows per second put into the spool and written to the database, the challenger's too: "
+            "the lines lie together, or the spool grows.",
             [
-                ("sum(rate(prediction_probability_count[1m]))", "predicted"),
+                ("sum(rate(prediction_log_spooled_rows_total[1m]))", "spooled"),
                 ("sum(rate(prediction_log_rows_total[1m]))", "written"),
             ],
             "cps",
@@ -208,6 +220,7 @@ SERVICE = Board(
 )
 
 _ENOUGH = "and on (window) drift_window_rows >= 1000"
+_LIMIT = "on (window) group_left () max by (window) (drift_limit)"
 
 MODEL = Board(
     "diabetes-model",
@@ -225,7 +238,7 @@ MODEL = Board(
         Panel(
             "Age of the champion",
             "Since it was registered. Red: ModelStale, from 90 days on.",
-            [('time() - max(model_trained_timestamp_seconds{alias="champion"})', "")],
+            [('time() - max(model_trained_timestamp_seconds{alias!="challenger"})', "")],
             "s",
             "figure",
             limits=(60 * DAY, 90 * DAY),
@@ -235,12 +248,7 @@ MODEL = Board(
             "Features drifted",
             "Features whose PSI is over the limit, in windows of 1,000 rows or more. Red: "
             "DriftDetected.",
-            [
-                (
-                    f"sum((drift_psi > bool on () group_left () max(drift_limit)) {_ENOUGH})",
-                    "",
-                )
-            ],
+            [(f"sum((drift_psi > bool {_LIMIT}) {_ENOUGH})", "")],
             kind="figure",
             limits=(None, 1),
             empty="too few rows",
@@ -249,12 +257,7 @@ MODEL = Board(
             "Drift of the score",
             "PSI of the score as a share of its limit, in windows of 1,000 rows or more. Red: "
             "ScoreDrift.",
-            [
-                (
-                    f"max((drift_score_psi / on () group_left () max(drift_limit)) {_ENOUGH})",
-                    "",
-                )
-            ],
+            [(f"max((drift_score_psi / {_LIMIT}) {_ENOUGH})", "")],
             "percentunit",
             "figure",
             limits=(0.5, 1),
@@ -293,7 +296,7 @@ MODEL = Board(
             [
                 ("max by (window) (drift_psi)", "features, {{window}}"),
                 ("max by (window) (drift_score_psi)", "score, {{window}}"),
-                ("max(drift_limit)", "limit"),
+                ("max by (window) (drift_limit)", "limit, {{window}}"),
             ],
         ),
         Panel(
@@ -394,7 +397,7 @@ PIPELINE = Board(
         ),
         Panel(
             "dbt nodes failed",
-            "Of the newest invocation. Red: DbtFailing.",
+            "When they last ran. Red: DbtFailing.",
             [
                 (
                     'sum(dbt_results{status=~"error|fail|runtime error"}) or 0 * sum(dbt_results)',
@@ -436,14 +439,14 @@ PIPELINE = Board(
         ),
         Panel(
             "dbt results",
-            "Nodes of the newest invocation by type and status.",
+            "Nodes of the project by type, and what became of each when it last ran.",
             [("sum by (resource_type, status) (dbt_results)", "{{resource_type}} {{status}}")],
             kind="bars",
         ),
         Panel(
-            "Duration of dbt's build",
-            "Of the newest invocation.",
-            [("max(dbt_build_duration_seconds)", "dbt")],
+            "Duration of dbt's builds",
+            "Of the newest whole one: of the data, and of the drift models.",
+            [("max by (selection) (dbt_build_duration_seconds)", "{{selection}}")],
             "s",
         ),
         Panel(
@@ -491,7 +494,9 @@ INFRASTRUCTURE = Board(
                 (_answers("mlflow"), "MLflow"),
                 (
                     "min(airflow_api_up or "
-                    "(sum(increase(airflow_scheduler_heartbeat_total[5m])) > bool 0))",
+                    "(sum(increase(airflow_scheduler_heartbeat_total[5m])) > bool 0) or "
+                    '0 * (max(up{job="airflow"}) == 1 and min(airflow_api_up offset 10m) == 1 '
+                    "unless on () airflow_scheduler_heartbeat_total))",
                     "Airflow",
                 ),
                 (_answers("api"), "API"),
