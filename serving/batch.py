@@ -63,6 +63,7 @@ class Result:
         scores: the probabilities, for the metrics.
         excluded: encounters that can't be readmitted.
         broken: rows that broke the contract.
+        logged: predictions that were put into the spool, the challenger's too.
     """
 
     content: bytes
@@ -70,6 +71,7 @@ class Result:
     scores: Floats
     excluded: int
     broken: int
+    logged: int
 
 
 def score_csv(job: Job, header: records.Header, first_row: int, block: bytes) -> Result:
@@ -89,7 +91,7 @@ def score_csv(job: Job, header: records.Header, first_row: int, block: bytes) ->
     count = len(lines) - len(broken)
     ids = [str(uuid_utils.uuid7()) for _ in range(count)]
     encounters = columns.get("encounter_id") or [""] * count
-    scored = _score(job, model, "csv", columns, ids)
+    scored, logged = _score(job, model, "csv", columns, ids)
     threshold = model.scorer.threshold(job.alert_rate)
     answers = iter(
         zip(
@@ -124,6 +126,7 @@ def score_csv(job: Job, header: records.Header, first_row: int, block: bytes) ->
         _known(scored),
         excluded=len(scored.excluded),
         broken=len(broken),
+        logged=logged,
     )
 
 
@@ -134,37 +137,42 @@ def score_json(job: Job, body: bytes) -> Result:
         RecordsError: it breaks the contract; nothing of it is scored.
     """
     model = _model(job.model)
-    content, scores, excluded = _score_encounters(job, model, records.read_batch(body))
+    result = _score_encounters(job, model, records.read_batch(body))
     # The encounters as Python's objects took fifty times what they are; what is free stays with the
     # process otherwise.
     _trim()
-    return Result(content, model.version, scores, excluded=excluded, broken=0)
+    return result
 
 
-def _score_encounters(
-    job: Job, model: Model, encounters: Sequence[Mapping[str, Any]]
-) -> tuple[bytes, Floats, int]:
-    """Answer, probabilities and the number of excluded."""
+def _score_encounters(job: Job, model: Model, encounters: Sequence[Mapping[str, Any]]) -> Result:
     answers: list[dict[str, Any]] = []
     scores = []
+    logged = 0
     for first in range(0, len(encounters), _AT_ONCE):
         part = encounters[first : first + _AT_ONCE]
         ids = [str(uuid_utils.uuid7()) for _ in part]
-        scored = _score(job, model, "batch", records.columns(part), ids)
+        scored, written = _score(job, model, "batch", records.columns(part), ids)
         answers += predictions(model, scored, ids, job.alert_rate)
         scores.append(_known(scored))
+        logged += written
     known = np.concatenate(scores)
-    answer = {"model_version": model.version, "predictions": answers}
-    return orjson.dumps(answer), known, len(encounters) - len(known)
+    return Result(
+        orjson.dumps({"model_version": model.version, "predictions": answers}),
+        model.version,
+        known,
+        excluded=len(encounters) - len(known),
+        broken=0,
+        logged=logged,
+    )
 
 
 def score_shadow(
     job: Job, source: str, encounters: Sequence[Mapping[str, Any]], ids: Sequence[str]
 ) -> int:
-    """Let the job's challenger alone score what single requests asked; return how many."""
+    """Let the job's challenger alone score what single requests asked; return how many it logs."""
     assert job.shadow is not None  # noqa: S101  (nothing is collected for none)
-    _log(job, _model(job.shadow), "challenger", source, records.columns(encounters), ids)
-    return len(ids)
+    columns = records.columns(encounters)
+    return _log(job, _model(job.shadow), "challenger", source, columns, ids)[1]
 
 
 def predictions(
@@ -229,12 +237,15 @@ def without_identifiers(columns: Mapping[str, Sequence[Any]]) -> dict[str, Seque
 
 def _score(
     job: Job, model: Model, source: str, columns: Mapping[str, Sequence[Any]], ids: Sequence[str]
-) -> Scored:
+) -> tuple[Scored, int]:
     """Score and log; the challenger too, where there is one, under ids of its own."""
+    of_challenger = 0
     if job.shadow:
         others = [str(uuid_utils.uuid7()) for _ in ids]
-        _log(job, _model(job.shadow), "challenger", source, columns, others)
-    return _log(job, model, "champion", source, columns, ids)
+        shadow = _model(job.shadow)
+        _, of_challenger = _log(job, shadow, "challenger", source, columns, others)
+    scored, logged = _log(job, model, "champion", source, columns, ids)
+    return scored, logged + of_challenger
 
 
 def _log(
@@ -244,12 +255,14 @@ def _log(
     source: str,
     columns: Mapping[str, Sequence[Any]],
     ids: Sequence[str],
-) -> Scored:
+) -> tuple[Scored, int]:
+    """Scores, and the number of those that were put into the spool."""
     scored = model.score(without_identifiers(columns), len(ids))
-    if job.spool and ids:
-        made = entry(model, scored, ids, role=role, source=source, columns=columns)
-        write_segment(job.spool, made.lines(job.key))
-    return scored
+    if not job.spool or not ids:
+        return scored, 0
+    made = entry(model, scored, ids, role=role, source=source, columns=columns)
+    write_segment(job.spool, made.lines(job.key))
+    return scored, len(made.ids)
 
 
 def _known(scored: Scored) -> Floats:

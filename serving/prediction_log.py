@@ -32,6 +32,7 @@ from serving.errors import ServingError
 
 FLUSH_SECONDS = 0.5
 _RETRY_SECONDS = 2.0
+_MEASURE_SECONDS = 2.0
 _READY, _OPEN, _PART, _BROKEN = ".ready", ".open", ".part", ".broken"
 _HASH_BYTES = 16
 
@@ -194,7 +195,6 @@ class PredictionLog:
         self._described: set[str] = set()
         self._done: list[str] = []
         self.connected = False
-        self.broken = 0
         self._recover()
         self._measure()
         self._stopping = threading.Event()
@@ -218,6 +218,19 @@ class PredictionLog:
     def pending_bytes(self) -> int:
         """Bytes in the spool."""
         return self._waiting + self._size
+
+    @property
+    def waiting_files(self) -> int:
+        """Closed files in the spool."""
+        return self._count(_READY)
+
+    @property
+    def broken_files(self) -> int:
+        """Files that were put aside as unreadable, by this service or one before it."""
+        return self._count(_BROKEN)
+
+    def _count(self, suffix: str) -> int:
+        return sum(1 for _ in self.folder.glob(f"*{suffix}"))
 
     def check(self) -> None:
         """See whether there is room.
@@ -331,7 +344,13 @@ class PredictionLog:
         if not ready and self.connected:
             return
         connection = self._connect()
+        measured = time.monotonic()
         for path in ready:
+            # After an outage there are many, and each that is copied makes room. To measure after
+            # each would take longer than to copy: it goes over all that are left.
+            if time.monotonic() - measured >= _MEASURE_SECONDS:
+                self._measure()
+                measured = time.monotonic()
             begin = time.monotonic()
             try:
                 rows = self._copy(connection, path)
@@ -339,7 +358,6 @@ class PredictionLog:
                 connection.rollback()
                 log.error("prediction log: %s is unreadable, put aside: %s", path.name, error)
                 path.rename(path.with_suffix(_BROKEN))
-                self.broken += 1
                 continue
             path.unlink()
             self._done.append(path.stem)

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import shutil
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import uuid_utils
 
 from serving import batch
 from serving.errors import ServingError
-from serving.lifecycle import Keeper
+from serving.lifecycle import Keeper, Outcome
 from serving.model import Model, Scored
 from serving.prediction_log import PredictionLog
 from serving.problems import ProblemError
@@ -65,6 +65,8 @@ class Service:
         def on_outcome(outcome: str) -> None:
             self.telemetry.outcomes.labels(alias, outcome).inc()
 
+        for outcome in get_args(Outcome):
+            self.telemetry.outcomes.labels(alias, outcome)  # from 0 on, as in telemetry.py
         cache = self.settings.state_dir / "serving" / "models"
         return Keeper(registry, alias, cache, on_outcome)
 
@@ -160,6 +162,7 @@ class Service:
         if self.log and not scored.excluded:
             made = batch.entry(model, scored, ids, role="champion", source=source, columns=columns)
             self.log.append(made)
+            self.telemetry.spooled.inc(len(made.ids))
         if self.challenger:
             self.shadow.add(self.job(model, rate), source, encounter)
         if scored.excluded:
@@ -181,6 +184,7 @@ class Service:
             source, scored=len(result.scores), excluded=result.excluded, broken=result.broken
         )
         self.telemetry.scores.add(result.version, result.scores)
+        self.telemetry.spooled.inc(result.logged)
 
     def _on_copied(self, rows: int, seconds: float) -> None:
         self.telemetry.logged.inc(rows)
@@ -215,7 +219,7 @@ class Service:
             (
                 "prediction_log_spool_files",
                 "Closed files of the spool that queue for the database",
-                float(sum(1 for _ in self.log.folder.glob("*.ready"))),
+                float(self.log.waiting_files),
             ),
             (
                 "prediction_log_spool_limit_bytes",
@@ -230,6 +234,6 @@ class Service:
             (
                 "prediction_log_broken_files",
                 "Files of the spool that were put aside as unreadable",
-                float(self.log.broken),
+                float(self.log.broken_files),
             ),
         ]

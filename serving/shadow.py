@@ -23,7 +23,7 @@ class Shadow:
 
     Args:
         workers: who scores.
-        telemetry: where it is counted what was left out.
+        telemetry: where it is counted what was logged and what was left out.
     """
 
     def __init__(self, workers: batch.Workers, telemetry: Telemetry) -> None:
@@ -69,7 +69,9 @@ class Shadow:
             asked = [encounter for of, encounter in waiting if of == source]
             ids = [str(uuid_utils.uuid7()) for _ in asked]
             try:
-                await self._workers.run(batch.score_shadow, self._job, source, asked, ids)
+                logged = await self._workers.run(batch.score_shadow, self._job, source, asked, ids)
             except Exception:
                 log.exception("the challenger scored nothing of %d requests", len(asked))
                 self._telemetry.shadow_dropped.inc(len(asked))
+            else:
+                self._telemetry.spooled.inc(logged)

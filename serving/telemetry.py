@@ -25,6 +25,10 @@ _SCORES = np.array([0.02, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.
 _VERSIONS = 5
 """Versions that are told apart at once; the oldest is forgotten."""
 
+_PREDICTIONS = ("/v1/predict", "/v1/explain", "/v1/predict/batch")
+_SOURCES = ("single", "explain", "batch", "csv")
+_RESULTS = ("scored", "excluded", "broken")
+
 
 class Scores(Collector):
     """Distribution of the probabilities by model version; takes whole batches at a time."""
@@ -135,6 +139,11 @@ class Telemetry:
             ["alias", "result"],
             registry=self.registry,
         )
+        self.spooled = Counter(
+            "prediction_log_spooled_rows_total",
+            "Predictions put into the spool, of champion and challenger",
+            registry=self.registry,
+        )
         self.logged = Counter(
             "prediction_log_rows_total",
             "Predictions written to inference.predictions",
@@ -152,6 +161,21 @@ class Telemetry:
             registry=self.registry,
         )
         ProcessCollector(registry=self.registry)
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Make the series that rules look at before their first case.
+
+        A series that begins at 50 has not increased to Prometheus: it would never see what happens
+        before its first look after a start.
+        """
+        for route in _PREDICTIONS:
+            self.seconds.labels(route)
+            for status in (200, 500, 503):
+                self.requests.labels(route, "POST", str(status))
+        for source in _SOURCES:
+            for result in _RESULTS:
+                self.rows.labels(source, result)
 
     def served(
         self, alias: str, version: str, feature_sha256: str, registered_at: float | None = None

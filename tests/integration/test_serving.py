@@ -220,6 +220,7 @@ def test_a_large_csv_is_answered_in_order_and_logged_once(api: Api, registered: 
     for place in broken:
         rows[place][HEADER.index("age")] = "[70-80"
     before = api.metric('prediction_rows_total{result="scored",source="csv"}')
+    spooled = api.metric("prediction_log_spooled_rows_total")
     begin = datetime.now(UTC)
     lines = upload(api, as_csv(rows))
     assert [line["row"] for line in lines] == [str(row + 1) for row in range(count)]
@@ -233,6 +234,7 @@ def test_a_large_csv_is_answered_in_order_and_logged_once(api: Api, registered: 
     assert len(scored) + len(excluded) + len(broken) == count
     after = api.metric('prediction_rows_total{result="scored",source="csv"}')
     assert after - before == len(scored)
+    assert api.metric("prediction_log_spooled_rows_total") - spooled == len(scored)
 
     found = by_ids(api, registered, [line["prediction_id"] for line in scored])
     assert len(found) == len(scored)
@@ -440,6 +442,18 @@ def test_not_ready_says_why(registered: Registered, tmp_path: Path) -> None:
     with running_api(tmp_path, registered, wait=False, **alias) as api:
         wait_until(lambda: "has the alias nobody" in readiness(api))
         assert api.get("/livez").status_code == 200
+        lines = api.get("/metrics").text.splitlines()
+        # Rules see the first case of each, too.
+        for result in ("swapped", "refused", "failed"):
+            assert f'model_loads_total{{alias="nobody",result="{result}"}} 0.0' in lines
+        found = {line for line in lines if line.startswith('http_requests_total{method="POST"')}
+        document = api.get("/openapi.json").json()
+        routes = [path for path, methods in document["paths"].items() if "post" in methods]
+        assert found == {
+            f'http_requests_total{{method="POST",route="{route}",status="{status}"}} 0.0'
+            for route in routes
+            for status in (200, 500, 503)
+        }
         answer = api.post("/v1/predict", json=ENCOUNTER)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
@@ -543,6 +557,9 @@ def test_both_versions_are_logged_and_only_the_champion_answers(
     ]
     names = registered.database.rows("select model_version from inference.models")
     assert {(champion,), (challenger,)} <= set(names)
+    spooled = shadowed.metric("prediction_log_spooled_rows_total")
+    assert spooled >= 6
+    wait_until(lambda: shadowed.metric("prediction_log_rows_total") == spooled)
 
 
 def test_what_waits_in_the_shadow_is_scored_before_the_service_ends(

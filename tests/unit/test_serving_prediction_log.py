@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -339,7 +339,7 @@ def test_a_file_whose_deletion_was_missed_is_not_copied_again(
     file.write_bytes(content)
     with opened(tmp_path, database.dsn) as again:
         wait_until(lambda: not ready(tmp_path))
-        assert again.broken == 0
+        assert again.broken_files == 0
         later = entry(2)
         again.append(later)
         wait_until(lambda: len(ids(database)) == 7)
@@ -380,7 +380,9 @@ def test_an_unreadable_file_is_put_aside_and_the_others_go_on(
     write_segment(tmp_path, good[1].lines(KEY))
     with opened(tmp_path, database.dsn) as log:
         wait_until(lambda: not ready(tmp_path))
-        assert log.broken == len(bad)
+        assert log.broken_files == len(bad)
+    with opened(tmp_path, database.dsn) as again:
+        assert again.broken_files == len(bad)  # they are still there to be looked at
     assert ids(database) == [*good[0].ids, *good[1].ids]
     contents = [file.read_bytes() for file in sorted(tmp_path.glob("*.broken"))]
     assert contents == [*bad.values()]
@@ -406,6 +408,31 @@ def test_a_database_that_comes_back_gets_all_of_it(database: Database, tmp_path:
     assert ids(database) == [*first.ids, *second.ids]
 
 
+def test_there_is_room_again_before_all_of_an_outage_is_copied(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction_log, "_MEASURE_SECONDS", 0.0)
+    made = [entry() for _ in range(6)]
+    for each in made:
+        write_segment(tmp_path, each.lines(KEY))
+    size = len(made[0].lines(KEY))
+    left: list[int] = []
+
+    def look(rows: int, seconds: float) -> None:
+        with suppress(LogFullError):
+            log.check()
+            left.append(len(ready(tmp_path)))
+
+    log = PredictionLog(tmp_path, database.dsn, KEY, 4 * size, look)
+    with pytest.raises(LogFullError):
+        log.check()
+    log.start()
+    wait_until(lambda: not ready(tmp_path))
+    log.close()
+    assert left == [2, 1, 0]  # measured before the file that was just copied
+    assert ids(database) == [each.ids[0] for each in made]
+
+
 def test_tables_that_were_dropped_are_made_again(database: Database, tmp_path: Path) -> None:
     with opened(tmp_path, database.dsn) as log:
         log.append(entry())
@@ -414,7 +441,7 @@ def test_tables_that_were_dropped_are_made_again(database: Database, tmp_path: P
         kept = entry()
         log.append(kept)
         wait_until(lambda: database_rows(database) == 1)
-        assert log.broken == 0
+        assert log.broken_files == 0
     assert ids(database) == list(kept.ids)
 
 

@@ -95,6 +95,20 @@ def test_a_registry_that_does_not_say_when(told: object) -> None:
     assert registry._seconds(told) is None
 
 
+def test_what_rules_look_at_is_there_before_its_first_case() -> None:
+    made = Telemetry()
+    routes = {"/v1/predict", "/v1/explain", "/v1/predict/batch"}
+    assert samples(made, "http_requests_total") == {
+        ("POST", route, status): 0 for route in routes for status in ("200", "500", "503")
+    }
+    assert samples(made, "http_request_duration_seconds_count") == {(route,): 0 for route in routes}
+    sources, results = ("single", "explain", "batch", "csv"), ("scored", "excluded", "broken")
+    assert samples(made, "prediction_rows_total") == {
+        (result, source): 0 for result in results for source in sources
+    }
+    assert samples(made, "prediction_log_spooled_rows_total") == {(): 0}
+
+
 def test_values_are_read_when_they_are_asked_for() -> None:
     made, value = Telemetry(), [1.0]
     made.registry.register(Values(lambda: [("of_a_test", "A value", value[0])]))

@@ -32,7 +32,7 @@ class FakeWorkers:
         await asyncio.sleep(0.001 if first_row == 1 else 0)  # the first is not the first to be done
         content = b"%d\n" % first_row
         scores = np.full(block.count(b"\n"), 0.5)
-        return Result(content.rjust(self.size), "1", scores, excluded=0, broken=0)
+        return Result(content.rjust(self.size), "1", scores, excluded=0, broken=0, logged=0)
 
 
 async def sent(blocks: int) -> AsyncIterator[bytes]:
