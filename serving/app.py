@@ -18,7 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from ingestion.contract import MISSING
 from serving import answers, batch, problems, records, words
-from serving.guard import BATCH, CARD, Guard, read_keys
+from serving.guard import BATCH, CARD, JSON_BATCH_LIMIT, Guard, read_keys
 from serving.problems import ProblemError
 from serving.service import Service
 from serving.upload import Upload
@@ -63,6 +63,8 @@ def create_app(chosen: Settings) -> Guard:
         service.telemetry,
         keys,
         chosen.api_most_requests,
+        # The largest for each worker: who waits does so for seconds, not minutes.
+        chosen.api_batch_workers * JSON_BATCH_LIMIT,
         chosen.api_timeout,
         chosen.api_csv_limit_mib << 20,
     )

@@ -18,6 +18,8 @@ from serving.telemetry import Telemetry
 
 BODY_LIMIT = 64 << 10
 JSON_BATCH_LIMIT = 32 << 20
+CSV_HELD = 4 << 20
+"""About what a CSV and its answer have in memory, however long they are (see upload.py)."""
 BATCH = "/v1/predict/batch"
 SHED_PAUSE = 0.5
 """Seconds until a caller hears that there is no room."""
@@ -71,6 +73,7 @@ class Guard:
         telemetry: where requests are counted.
         keys: names by SHA-256 of accepted keys; empty: no key is asked for.
         most: requests served at once.
+        room: bytes of batches that are held in memory at once.
         timeout: seconds a caller may take between two pieces of a body.
         csv_limit: bytes of the largest CSV.
     """
@@ -81,6 +84,7 @@ class Guard:
         telemetry: Telemetry,
         keys: Mapping[str, str],
         most: int,
+        room: int,
         timeout: float,
         csv_limit: int,
     ) -> None:
@@ -88,9 +92,11 @@ class Guard:
         self._telemetry = telemetry
         self._keys = keys
         self._most = most
+        self._room = room
         self._timeout = timeout
         self._csv_limit = csv_limit
         self._serving = 0
+        self._held = 0
         self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,11 +117,13 @@ class Guard:
             await send(message)
 
         guarded = path.startswith(_GUARDED)
-        shed = guarded and self._serving >= self._most
-        self._count(0 if shed else 1)
+        held = self._memory(scope)
+        crowd = self._crowd(held) if guarded else ""
+        if not crowd:
+            self._count(1, held)
         try:
-            if shed:
-                await self._shed(scope, receive, send_guarded)
+            if crowd:
+                await self._shed(crowd, scope, receive, send_guarded)
             elif guarded and (refusal := self._refusal(scope)):
                 await refusal(scope, receive, send_guarded)
             else:
@@ -123,6 +131,7 @@ class Guard:
                     await self._next()
                 await self._app(scope, self._limited(scope, receive), send_guarded)
         except Exception as error:
+            status = 500  # whatever an answer that was cut short began with
             # Where it was and of what type: its message could quote what the caller sent, and the
             # server would write that to the log. An answer that was cut short it sees by itself.
             frames = "".join(traceback.format_tb(error.__traceback__))
@@ -130,7 +139,8 @@ class Guard:
             if not begun:
                 raise
         finally:
-            self._count(0 if shed else -1)
+            if not crowd:
+                self._count(-1, -held)
             # The template, not the path: a caller could make up any number of those.
             route = getattr(scope.get("route"), "path", "none")
             self._telemetry.requests.labels(route, _method(scope), str(status)).inc()
@@ -146,7 +156,15 @@ class Guard:
         async with self._turn:
             await asyncio.sleep(0)
 
-    async def _shed(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _crowd(self, held: int) -> str:
+        """What leaves no room for a request that will hold so many bytes; empty: there is room."""
+        if self._serving >= self._most:
+            return f"{self._most} requests"
+        if self._held + held > self._room:
+            return f"batches of {self._held >> 20} MiB"
+        return ""
+
+    async def _shed(self, crowd: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse for want of room.
 
         Not at once: callers who ask again as soon as they are refused would take up most of the
@@ -156,13 +174,14 @@ class Guard:
         await asyncio.sleep(SHED_PAUSE)
         refusal = problems.response(
             503,
-            f"{self._most} requests are being served; try again in a second",
+            f"{crowd} are being served; try again in a second",
             headers={"Retry-After": "1"},
         )
         await refusal(scope, receive, send)
 
-    def _count(self, change: int) -> None:
+    def _count(self, change: int, held: int) -> None:
         self._serving += change
+        self._held += held
         self._telemetry.in_flight.set(self._serving)
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
@@ -187,8 +206,17 @@ class Guard:
     def _limit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> int:
         if scope["path"] != BATCH:
             return BODY_LIMIT
-        is_csv = headers.get(b"content-type", b"").lower().startswith(b"text/csv")
-        return self._csv_limit if is_csv else JSON_BATCH_LIMIT
+        return self._csv_limit if _is_csv(headers) else JSON_BATCH_LIMIT
+
+    def _memory(self, scope: Scope) -> int:
+        """Bytes that a batch holds while it is served; others hold next to nothing."""
+        if scope["path"] != BATCH:
+            return 0
+        headers = dict(scope["headers"])
+        most = CSV_HELD if _is_csv(headers) else JSON_BATCH_LIMIT
+        length = headers.get(b"content-length", b"0")
+        told = length.isdigit() and b"transfer-encoding" not in headers
+        return min(int(length), most) if told else most
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         limit = self._limit(scope, dict(scope["headers"]))
@@ -223,6 +251,10 @@ def _headers(path: str) -> tuple[tuple[bytes, bytes], ...]:
     if path.startswith(_DOCS):  # FastAPI's page loads its script from elsewhere
         return _HEADERS
     return (*_HEADERS, _CARD_CSP if path == CARD else _CSP)
+
+
+def _is_csv(headers: Mapping[bytes, bytes]) -> bool:
+    return headers.get(b"content-type", b"").lower().startswith(b"text/csv")
 
 
 def _method(scope: Scope) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -87,7 +88,8 @@ def guarded(**settings: Any) -> tuple[Guard, Telemetry]:
         return StreamingResponse(pieces())
 
     telemetry = Telemetry()
-    chosen = {"keys": {}, "most": 9, "timeout": 5.0, "csv_limit": 1 << 20, **settings}
+    usual = {"most": 9, "room": 2 * JSON_BATCH_LIMIT, "timeout": 5.0, "csv_limit": 1 << 20}
+    chosen = {"keys": {}, **usual, **settings}
     return Guard(app, telemetry, **chosen), telemetry
 
 
@@ -147,10 +149,10 @@ def post(app: Guard, path: str, pieces: Iterable[bytes | float], **headers: str)
 
 
 def samples(telemetry: Telemetry, name: str) -> dict[str, float]:
-    """Samples of a metric by their labels as /metrics writes them."""
+    """What was counted, by its labels as /metrics writes them."""
     lines = generate_latest(telemetry.registry).decode().splitlines()
     found = (line.removeprefix(name).rsplit(" ", 1) for line in lines if line.startswith(name))
-    return {labels: float(value) for labels, value in found}
+    return {labels: float(value) for labels, value in found if float(value)}
 
 
 LIMITS = [
@@ -280,6 +282,46 @@ def test_requests_that_await_nothing_are_counted_all_the_same() -> None:
     assert "\nhttp_requests_in_flight 0.0\n" in text
 
 
+MIB = 1 << 20
+AS_JSON, AS_CSV = {"content-type": "application/json"}, {"content-type": "text/csv"}
+CHUNKED = {"transfer-encoding": "chunked"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "several"),
+    [
+        ({**AS_JSON, "content-length": str(10 * MIB)}, 6),
+        ({**AS_JSON, **CHUNKED}, 2),
+        ({**AS_JSON, **CHUNKED, "content-length": "1"}, 2),
+        ({**AS_JSON, "content-length": str(50 << 10)}, 20),
+        # Of a CSV of any length no more than this is in memory at once.
+        ({**AS_CSV, "content-length": str(500 * MIB)}, 16),
+        ({**AS_CSV, **CHUNKED}, 16),
+        ({**AS_CSV, "content-length": str(MIB)}, 20),
+    ],
+)
+def test_batches_have_a_bound_of_what_they_hold(headers: dict[str, str], several: int) -> None:
+    app, telemetry = guarded(most=50, room=64 * MIB, csv_limit=512 * MIB)
+
+    async def crowd() -> list[Answer]:
+        slow = [ask(app, BATCH, "POST", headers, [b"a", 0.3]) for _ in range(20)]
+        batches = [asyncio.create_task(each) for each in slow]
+        await asyncio.sleep(0.05)
+        # There is room for others all the same.
+        assert (await ask(app, "/v1/predict", "POST", pieces=[b"a"])).status == 200
+        answers = [await each for each in batches]
+        # And for a batch when those are done.
+        assert (await ask(app, BATCH, "POST", headers, [b"a"])).status == 200
+        return answers
+
+    answers = asyncio.run(crowd())
+    assert [answer.status for answer in answers] == [400] * several + [503] * (20 - several)
+    for refused in answers[several:]:
+        assert refused.headers["retry-after"] == "1"
+        assert re.match(r"batches of \d+ MiB are being served; try again", refused.detail)
+    assert samples(telemetry, "http_requests_shed_total").get("", 0) == 20 - several
+
+
 def test_health_does_not_queue() -> None:
     app, _ = guarded(most=9)
     ended: list[str] = []
@@ -351,9 +393,11 @@ def test_a_failure_tells_nobody_what_was_sent(caplog: pytest.LogCaptureFixture) 
     assert caplog.text.count("ValueError") >= 2
     assert "in broken" in caplog.text  # where it was
     assert SECRET not in caplog.text
-    assert '{method="GET",route="/v1/broken",status="500"}' in samples(
-        telemetry, "http_requests_total"
-    )
+    # Callers of the second were told 200, and got half of it.
+    assert samples(telemetry, "http_requests_total") == {
+        '{method="GET",route="/v1/broken",status="500"}': 1,
+        '{method="GET",route="/v1/cut",status="500"}': 1,
+    }
 
 
 def test_a_log_that_is_full_is_a_reason_to_come_again() -> None:
