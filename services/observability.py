@@ -184,7 +184,10 @@ class Server:
         while time.monotonic() < deadline:
             port = self.port
             if port is None:
-                raise ObservabilityError(f"{self._tool.title} has ended; see {self._log}")
+                raise ObservabilityError(
+                    f"{self._tool.title} has ended; see {self._log}, or go on without it: "
+                    f"{self._tool.variable}={OFF}"
+                )
             if self._get(port, self._health):
                 return port
             time.sleep(0.1)
@@ -220,17 +223,19 @@ class Server:
         """
         port = self.wait_until_ready(timeout)
         moment = f"{metrics}_config_last_reload_success_timestamp_seconds"
-        before = self._values(port).get(moment, 0.0)
+        succeeded = f"{metrics}_config_last_reload_successful"
+        before = self._values(port)
         for process in processes.find(self._state, self._tool.name):
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGHUP)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             values = self._values(port)
-            if values.get(f"{metrics}_config_last_reload_successful") == 0:
-                break
-            if values.get(moment, 0.0) > before:
+            if values.get(moment, 0.0) > before.get(moment, 0.0):
                 return
+            # A failure that was there before the signal says nothing of what came with it.
+            if values.get(succeeded) == 0 and before.get(succeeded) != 0:
+                break
             time.sleep(0.05)
         raise ObservabilityError(
             f"{self._tool.title} goes on with its old configuration, the new one can't be used; "

@@ -24,6 +24,7 @@ from services.observability import (
     ALERTMANAGER,
     POSTGRES_EXPORTER,
     PROMETHEUS,
+    RULES,
     STATSD_EXPORTER,
     Alertmanager,
     Observability,
@@ -166,7 +167,10 @@ def test_a_broken_rule_is_refused_and_the_old_ones_go_on(state: Path, tmp_path: 
     prometheus = Prometheus(state, program(PROMETHEUS))
     write("up ==")
     prometheus.start({}, rules=[rules], preferred_port=56620)
-    with pytest.raises(ObservabilityError, match=r"Prometheus has ended; see .*/prometheus\.log"):
+    with pytest.raises(
+        ObservabilityError,
+        match=r"see .*/prometheus\.log, .*DIABETES_PROMETHEUS=off",
+    ):
         prometheus.wait_until_ready()
     assert "parse error" in (state / "logs" / "prometheus.log").read_text()
     write("up == 0")
@@ -177,6 +181,15 @@ def test_a_broken_rule_is_refused_and_the_old_ones_go_on(state: Path, tmp_path: 
         prometheus.start({}, rules=[rules])
     (group,) = ask(prometheus.url, "rules")["groups"]
     assert [rule["query"] for rule in group["rules"]] == ["up == 0"]
+    # Mended, it is taken: what failed before the signal is no answer to it. With the real rules,
+    # which take longer to read than the metrics do.
+    write("up == 1")
+    prometheus.start({}, rules=[rules, *RULES])
+    queries = {
+        rule["query"] for group in ask(prometheus.url, "rules")["groups"] for rule in group["rules"]
+    }
+    assert len(queries) > 40
+    assert "up == 1" in queries
 
 
 @needs(ALERTMANAGER)
