@@ -38,7 +38,7 @@ bench: ## Measure ingestion, dbt, the DAGs, training, serving and the baselines
 	@$(PYTHON_BIN) -m bench.training
 	@$(PYTHON_BIN) -m bench.serving
 
-load: setup ## Load on the running API by Locust: a report, PASS or FAIL (OPTIONS="--help")
+load: setup ## Load on the running API by Locust, which logs it: a report, PASS or FAIL (OPTIONS="--help")
 	@scripts/setup.sh loadtest
 	@$(PYTHON_BIN) -m loadtest $(OPTIONS)
 

@@ -22,6 +22,10 @@ SYNTHETIC_ID_FLOOR = 9_000_000_000
 """Encounter ids from here on belong to generated data. The publisher's end at 443,867,222, so a
 table's origin can be told from its rows, whatever file or URL they came through."""
 
+NOBODY = 10**18 - 1
+"""Encounter and patient of every load test, the last id that the contract allows: no outcome
+belongs to it, and its keyed hash tells a load test's predictions from all others."""
+
 Kind = Literal["id", "count", "code", "category", "icd9"]
 
 _ICD9 = r"\d{1,3}(?:\.\d{1,2})?|[VE]\d{1,3}(?:\.\d{1,2})?"

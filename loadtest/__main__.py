@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -10,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loadtest import data
-from loadtest.run import OBJECTIVES, SCENARIOS, Load, LoadTestError, run
-from loadtest.verdict import SHAPES
+from loadtest import data, memory
+from loadtest.run import OBJECTIVES, SCENARIOS, SUMMARY, Load, LoadTestError, Objective, run
+from loadtest.verdict import SHAPES, in_words
 from services import processes
 from services.web import API
 from settings import Settings, settings
+
+SECONDS, SOAK_SECONDS = 60, 600
 
 
 def _parser(chosen: Settings) -> argparse.ArgumentParser:
@@ -23,7 +26,12 @@ def _parser(chosen: Settings) -> argparse.ArgumentParser:
     parser.add_argument("--scenario", choices=SCENARIOS, default="single")
     parser.add_argument("--shape", choices=SHAPES, default="steady")
     parser.add_argument("--users", type=_positive, default=16, help="at once, at most")
-    parser.add_argument("--seconds", type=_positive, default=60)
+    parser.add_argument(
+        "--seconds", type=_positive, help=f"default: {SECONDS}, of a soak {SOAK_SECONDS}"
+    )
+    parser.add_argument(
+        "--rate", type=_positive, help="requests/s of all users (default: what they can)"
+    )
     parser.add_argument("--url", type=_address, help="of the API (default: the one of make run)")
     parser.add_argument("--seed", type=int, default=data.SEED, help="of the encounters")
     parser.add_argument("--out", type=Path, default=chosen.state_dir / "load")
@@ -73,9 +81,35 @@ def as_text(found: dict[str, Any]) -> str:
         f"failures   {found['failures']:>8,}",
         *(f"{name}        {found[f'{name}_ms']:>8,.0f} ms" for name in ("p50", "p95", "p99")),
         *(f"  {times:,} x {error}" for error, times in found["errors"].items()),
-        "FAIL: " + "; ".join(found["missed"]) if found["missed"] else "PASS",
+        *([f"memory     {found['memory']}"] if "memory" in found else []),
+        in_words(found["missed"], found["seconds"]),
     ]
     return "\n".join(lines)
+
+
+def soak(chosen: Settings, load: Load, objective: Objective, folder: Path) -> dict[str, Any]:
+    """Run a load test and judge memory as well, where the service is that of `make run`.
+
+    Raises:
+        LoadTestError: the service does not answer, or Locust ended early.
+    """
+    look = memory.of_platform(chosen, load.url)
+    if look is None:
+        found = run(load, objective, folder)
+        found["memory"] = "was not looked at: no API that make run started listens there"
+    else:
+        with memory.watching(look, load.seconds) as samples:
+            found = run(load, objective, folder)
+        first, last = memory.growth(samples, load.seconds)
+        grown = last / first - 1
+        found["memory"] = (
+            f"{first:.0f} MiB (PSS) after the first minute, {last:.0f} at the end ({grown:+.1%})"
+        )
+        if abs(grown) > memory.MOST_GROWTH:
+            found["missed"].append(f"memory {grown:+.1%}, wanted within 5 %")
+    text = json.dumps(found, indent=1)
+    (folder / SUMMARY).write_text(f"{text}\n", encoding="utf-8")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,9 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         scenario=asked.scenario,
         shape=asked.shape,
         users=asked.users,
-        seconds=asked.seconds,
+        seconds=asked.seconds or (SOAK_SECONDS if asked.shape == "soak" else SECONDS),
         key=chosen.api_key.get_secret_value(),
         seed=asked.seed,
+        rate=asked.rate or 0,
     )
     objective = replace(
         OBJECTIVES[asked.scenario],
@@ -109,10 +144,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     sys.stdout.write(
         f"{load.url}: {load.scenario}, {load.shape}, {load.users} users, {load.seconds} s ...\n"
+        "What it is asked stays in its prediction log, where drift leaves it out; how to delete it "
+        "is said at the end.\n"
     )
     sys.stdout.flush()
     try:
-        found = run(load, objective, asked.out)
+        if load.shape == "soak":
+            found = soak(chosen, load, objective, asked.out)
+        else:
+            found = run(load, objective, asked.out)
     except LoadTestError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -120,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted; the report is not complete\n")
         return 130
     sys.stdout.write(f"{as_text(found)}\nReport: {asked.out / 'report.html'}\n")
+    if found["forget"]:
+        sys.stdout.write(f"Delete it from the data database with\n  {found['forget']}\n")
     return 1 if found["missed"] else 0
 
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ingestion.contract import FIELDS
+from ingestion.contract import FIELDS, NOBODY
 from ingestion.synthetic import csv_blocks
 
 COUNT = 2000
@@ -18,11 +18,11 @@ SEED = 130
 JOB_COUNT = 300
 """Of the cluster's file: a ConfigMap has to stay small."""
 
-_NUMBERS = frozenset({"id", "count", "code"})
+_NUMBERS = frozenset({"count", "code"})
 
 
 def encounters(count: int = COUNT, seed: int = SEED) -> list[dict[str, Any]]:
-    """Encounters as a caller of the JSON API sends them.
+    """Encounters of nobody, as a caller of the JSON API sends them.
 
     Args:
         count: how many.
@@ -31,7 +31,9 @@ def encounters(count: int = COUNT, seed: int = SEED) -> list[dict[str, Any]]:
     lines = b"".join(csv_blocks(count, seed)).decode().splitlines()
     return [
         {
-            known.name: int(value) if known.kind in _NUMBERS else value
+            known.name: (
+                NOBODY if known.kind == "id" else int(value) if known.kind in _NUMBERS else value
+            )
             for known, value in zip(FIELDS, line.split(","), strict=True)
             if known.name != "readmitted"
         }

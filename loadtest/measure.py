@@ -1,9 +1,10 @@
 """`python -m loadtest.measure`: what the service bears, as docs/load/results.md tells.
 
 On a service of its own (PostgreSQL, MLflow and a model trained for it, see loadtest/stand.py), with
-the client on the same machine, four parts: a ramp to saturation, five minutes of steady load, an
-overload with what comes after it, and a soak of ten minutes. Each part replaces its own figures in
-results.json, from which page and plot are written. About 22 minutes in all.
+the client on the same machine: a ramp to saturation and paced load up to there, five minutes of
+steady load, a minute each of the other scenarios, an overload with what comes after it, and a soak
+of ten minutes. Each part replaces its own figures in results.json, from which page and plot are
+written; all parts together replace the file. Half an hour in all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,32 +30,38 @@ from typing import Any
 import psycopg2
 
 from bench.errors import BenchError
-from bench.load import HOST, request
+from bench.load import HOST, get, request
 from bench.report import cpu_model, usable_cores
 from bench.serving import IDLE_LOAD, PREDICT, Running, settle
-from bench.usage import sampled
 from ingestion.errors import IngestionError
-from loadtest import data
+from loadtest import data, memory
 from loadtest.page import write_page
 from loadtest.probe import probing, recovery
-from loadtest.run import Load, LoadTestError, Objective, history, run
+from loadtest.run import OBJECTIVES, Load, LoadTestError, Objective, history, run
 from loadtest.stand import Stand, stand
 from loadtest.verdict import RAMP, SHED
 from services.mlflow_server import MlflowError
 from services.postgres import PostgresError
 from settings import PROJECT_ROOT, settings
+from training.candidates import names
 
 OUT = PROJECT_ROOT / "docs" / "load"
 STEADY_USERS = 16
+PACED_USERS = 32
+RATES = (50, 100, 250, 500, 750, 900)
+"""Requests/s asked of PACED_USERS together."""
 OVERLOAD_USERS = 256
 """Twice as many as the service takes at once by default (DIABETES_API_MOST_REQUESTS, 128)."""
 RECOVERY_SECONDS = 5.0
 CALM_SECONDS = 15.0
 """That are looked at after the overload."""
+CANDIDATE = "catboost"
+"""What the platform's champion is on the publisher's file."""
 _ANY = Objective(0, float("inf"), sys.maxsize)
-_WARM, _LEAST_WARM = 20.0, 5.0
+_SHED = "http_requests_shed_total"
+_WARM, _LEAST_WARM = 10.0, 5.0
+_STEP_SECONDS, _LEAST_STEP_SECONDS = 15.0, 4.0
 _STEP_LOOKS = 3
-_SAMPLE_SECONDS = 5.0
 
 log = logging.getLogger("loadtest")
 
@@ -71,10 +79,11 @@ class Measurement:
         self._stand = stand
         self._folder = folder
         self._factor = factor
+        self._step_seconds = max(_LEAST_STEP_SECONDS, _STEP_SECONDS * factor)
 
     def ramp(self) -> dict[str, Any]:
         """Latency and requests/s for each number of users."""
-        seconds = len(RAMP) * 20 * self._factor
+        seconds = len(RAMP) * self._step_seconds
         folder = self._folder / "ramp"
         with self._warm("ramp") as api:
             found = run(_load(api, "ramp", RAMP[-1], seconds), _ANY, folder)
@@ -83,6 +92,7 @@ class Measurement:
             steps.setdefault(int(row["users"]), []).append(row)
         # Locust's figures are of the ten seconds before: a step's last are of that step only.
         return {
+            "requests": found["requests"],
             "failures": found["failures"],
             "steps": [
                 {
@@ -97,11 +107,52 @@ class Measurement:
             ],
         }
 
+    def paced(self) -> dict[str, Any]:
+        """Latency where the same users ask for so many requests/s, up to more than there are."""
+        with self._warm("paced") as api:
+            steps = [
+                run(
+                    replace(_load(api, "steady", PACED_USERS, self._step_seconds), rate=rate),
+                    _ANY,
+                    self._folder / "paced",
+                )
+                for rate in RATES
+            ]
+        return {
+            "users": PACED_USERS,
+            "requests": sum(found["requests"] for found in steps),
+            "failures": sum(found["failures"] for found in steps),
+            "steps": [
+                {
+                    "rate": rate,
+                    "rps": found["requests_per_second"],
+                    **{name: found[name] for name in ("p50_ms", "p95_ms", "p99_ms")},
+                }
+                for rate, found in zip(RATES, steps, strict=True)
+            ],
+        }
+
     def steady(self) -> dict[str, Any]:
         """Five minutes of single predictions, judged by the objective."""
-        with self._warm("steady") as api:
-            load = _load(api, "steady", STEADY_USERS, 300 * self._factor)
-            return {**run(load, Objective(), self._folder / "steady"), "users": STEADY_USERS}
+        return self._judged("single", 300)
+
+    def explain(self) -> dict[str, Any]:
+        """A minute of predictions with reasons."""
+        return self._judged("explain", 60)
+
+    def batch(self) -> dict[str, Any]:
+        """A minute of JSON batches."""
+        return self._judged("batch", 60)
+
+    def page(self) -> dict[str, Any]:
+        """A minute of what the page asks."""
+        return self._judged("page", 60)
+
+    def _judged(self, scenario: str, seconds: float) -> dict[str, Any]:
+        with self._warm(scenario, scenario) as api:
+            load = _load(api, "steady", STEADY_USERS, seconds * self._factor, scenario=scenario)
+            found = run(load, OBJECTIVES[scenario], self._folder / scenario)
+            return {**found, "users": STEADY_USERS}
 
     def overload(self) -> dict[str, Any]:
         """More callers than the service takes; then what callers after them see."""
@@ -113,47 +164,49 @@ class Measurement:
         with self._warm("overload") as api:
             load = _load(api, "steady", OVERLOAD_USERS, 60 * self._factor, more)
             wire = request(PREDICT, json.dumps(data.encounters(1)[0]).encode())
+            shed_before = _shed(api)
             with probing(api.port, wire) as looks:
                 found = run(load, _ANY, folder)
                 time.sleep(max(0.0, found["ended"] + CALM_SECONDS - time.time()))
+            shed_counted = _shed(api) - shed_before
             ids = answered.read_text(encoding="utf-8").split()
             lost = set(ids) - self._stand.logged(api)
-        shed = found["by_name"].get(SHED, {"requests": 0, "p95_ms": 0})
-        served = found["by_name"].get(PREDICT, {"requests": 0, "p95_ms": 0})
-        share = served["requests"] / found["requests"]
+        nothing = {"requests": 0, "failures": 0, "p95_ms": 0}
+        shed, served = (found["by_name"].get(name, nothing) for name in (SHED, PREDICT))
+        answers = served["requests"] - served["failures"]
         return {
             "users": OVERLOAD_USERS,
             "most_requests": settings().api_most_requests,
-            "served": served["requests"],
-            "served_per_second": found["requests_per_second"] * share,
+            "served": answers,
+            "served_per_second": answers / found["seconds"],
             "served_p95_ms": served["p95_ms"],
             "shed": shed["requests"],
             "shed_p95_ms": shed["p95_ms"],
+            "shed_seen": shed["requests"] + sum(look.status == 503 for look in looks),
+            "shed_counted": shed_counted,
             "failures": found["failures"],
             "errors": found["errors"],
             "predictions": len(ids),
             "lost": len(lost),
-            "recovered_after_seconds": recovery(looks, found["ended"], Objective().most_p95_ms),
+            "recovered_after_seconds": recovery(
+                looks, found["ended"], CALM_SECONDS, Objective().most_p95_ms
+            ),
             "refused_after": sum(
-                look.status != 200 for look in looks if look.at >= found["ended"] + RECOVERY_SECONDS
+                look.status != 200
+                for look in looks
+                if look.until >= found["ended"] + RECOVERY_SECONDS
             ),
         }
 
     def soak(self) -> dict[str, Any]:
         """Ten minutes, and the memory of the service's processes by the minute."""
-        with self._warm("soak") as api:
-            samples: list[tuple[float, float]] = []
-            begin = time.monotonic()
-
-            def look() -> float:
-                mib = api.memory()[0]
-                samples.append((time.monotonic() - begin, mib))
-                return mib
-
-            with sampled(look, min(_SAMPLE_SECONDS, 10 * self._factor)):
-                load = _load(api, "soak", STEADY_USERS, 600 * self._factor)
-                found = run(load, _ANY, self._folder / "soak")
-        first, last = growth(samples, 60 * self._factor, 600 * self._factor)
+        seconds = 600 * self._factor
+        with (
+            self._warm("soak") as api,
+            memory.watching(lambda: memory.pss(api.tree), seconds) as samples,
+        ):
+            found = run(_load(api, "soak", STEADY_USERS, seconds), _ANY, self._folder / "soak")
+        first, last = memory.growth(samples, seconds)
         return {
             "requests": found["requests"],
             "failures": found["failures"],
@@ -166,54 +219,56 @@ class Measurement:
         }
 
     @contextmanager
-    def _warm(self, name: str) -> Iterator[Running]:
+    def _warm(self, name: str, scenario: str = "single") -> Iterator[Running]:
         """A fresh service that has been asked for a while, and rests."""
         with self._stand.api(name) as api:
-            load = _load(
-                api, "steady", STEADY_USERS, max(_LEAST_WARM, _WARM * min(self._factor, 1))
-            )
+            seconds = max(_LEAST_WARM, _WARM * min(self._factor, 1))
+            load = _load(api, "steady", STEADY_USERS, seconds, scenario=scenario)
             run(load, _ANY, self._folder / "warm")
             settle(api)
             yield api
 
 
-def _load(api: Running, shape: str, users: int, seconds: float, more: Sequence[str] = ()) -> Load:
-    return Load(f"http://{HOST}:{api.port}", "single", shape, users, seconds, "", more)
+def _load(
+    api: Running,
+    shape: str,
+    users: int,
+    seconds: float,
+    more: Sequence[str] = (),
+    scenario: str = "single",
+) -> Load:
+    return Load(f"http://{HOST}:{api.port}", scenario, shape, users, seconds, "", more)
 
 
-def growth(
-    samples: Sequence[tuple[float, float]], minute: float, end: float
-) -> tuple[float, float]:
-    """Memory after the first minute, and in the last one.
-
-    Each is the median of half a minute around it or more: a single look catches whatever is being
-    copied to the log at that moment.
-
-    Args:
-        samples: second and MiB.
-        minute: how long a minute is.
-        end: second at which the load ended.
-    """
-    first = [mib for second, mib in samples if minute <= second < 1.5 * minute]
-    last = [mib for second, mib in samples if end - minute <= second <= end]
-    return statistics.median(first), statistics.median(last)
+def _shed(api: Running) -> int:
+    for line in get(api.port, "/metrics").decode().splitlines():
+        if line.startswith(f"{_SHED} "):
+            return int(float(line.rsplit(" ", 1)[1]))
+    raise BenchError(f"the service does not tell {_SHED}")
 
 
 PARTS: dict[str, Callable[[Measurement], dict[str, Any]]] = {
     "ramp": Measurement.ramp,
+    "paced": Measurement.paced,
     "steady": Measurement.steady,
+    "explain": Measurement.explain,
+    "batch": Measurement.batch,
+    "page": Measurement.page,
     "overload": Measurement.overload,
     "soak": Measurement.soak,
 }
 
 
-def measure(parts: Sequence[str], factor: float, rows: int, out: Path, command: str) -> None:
+def measure(
+    parts: Sequence[str], factor: float, rows: int, candidate: str, out: Path, command: str
+) -> None:
     """Measure some parts, and write each as soon as it is there.
 
     Args:
         parts: keys of PARTS.
         factor: by which durations are multiplied.
         rows: of generated data to train on; 0: the source of the settings.
+        candidate: kind of model to train.
         out: folder of results.json, results.md and latency.svg.
         command: what was called, for the page.
 
@@ -221,12 +276,13 @@ def measure(parts: Sequence[str], factor: float, rows: int, out: Path, command: 
         BenchError, LoadTestError, IngestionError, PostgresError, MlflowError: it could not be done.
     """
     file = out / "results.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    is_kept = file.exists() and set(parts) != set(PARTS)
+    found = json.loads(file.read_text(encoding="utf-8")) if is_kept else {}
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="diabetes-load-") as name:
         folder = Path(name)
         folder.chmod(0o755)  # PostgreSQL runs as another user where we are root
-        with stand(settings(), folder, rows) as made:
+        with stand(settings(), folder, candidate, rows) as made:
             measurement = Measurement(made, folder, factor)
             for number, part in enumerate(parts, start=1):
                 log.info("%d of %d: %s ...", number, len(parts), part)
@@ -236,6 +292,7 @@ def measure(parts: Sequence[str], factor: float, rows: int, out: Path, command: 
                     "seconds_factor": factor,
                     "load_before": round(before, 2),
                     "was_idle": before <= IDLE_LOAD,
+                    "model": candidate,
                     "data": made.data,
                 }
                 found[part] = {**about, **PARTS[part](measurement)}
@@ -270,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--seconds-factor", type=float, default=1.0, help="for trying it out")
     parser.add_argument("--rows", type=int, default=0, help="generate so many to train on")
+    parser.add_argument("--candidate", choices=names(), default=CANDIDATE, help="to train")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args(arguments)
     parts = asked.only.split(",")
@@ -282,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _interrupt)
     command = shlex.join(["python", "-m", "loadtest.measure", *arguments])
     try:
-        measure(parts, asked.seconds_factor, asked.rows, asked.out, command)
+        measure(parts, asked.seconds_factor, asked.rows, asked.candidate, asked.out, command)
     except (
         BenchError,
         LoadTestError,

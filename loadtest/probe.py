@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from bench.errors import BenchError
-from bench.load import Client, percentile
+from bench.load import Client
 
 _PAUSE = 0.02
 
@@ -28,6 +28,11 @@ class Look:
     at: float
     status: int
     ms: float
+
+    @property
+    def until(self) -> float:
+        """When its answer was there, or when it was given up."""
+        return self.at + self.ms / 1000
 
 
 @contextmanager
@@ -66,27 +71,25 @@ def probing(port: int, wire: bytes) -> Iterator[list[Look]]:
         thread.join()
 
 
-def recovery(looks: Sequence[Look], ended: float, most_p95_ms: float) -> float:
+def recovery(looks: Iterable[Look], ended: float, seconds: float, most_ms: float) -> float:
     """Seconds after the end of the load until nothing is refused or slow any more.
+
+    A second is good if a good look falls into it and no bad one: who waits for an answer does not
+    look meanwhile, so a look speaks for every second from its sending to its answer, also one that
+    was sent while there was load.
 
     Args:
         looks: of the probe.
         ended: when the load ended, seconds since the epoch.
-        most_p95_ms: that a second's requests may take.
-
-    Raises:
-        BenchError: nothing was asked after the end.
+        seconds: after the end that were looked at; one without a look is not good.
+        most_ms: that a look may take.
     """
-    seconds: dict[int, list[Look]] = {}
+    good: set[int] = set()
+    bad: set[int] = set()
     for look in looks:
-        if look.at >= ended:
-            seconds.setdefault(math.floor(look.at - ended), []).append(look)
-    if not seconds:
-        raise BenchError("nothing was asked after the end of the load")
-    bad = [
-        second + 1.0
-        for second, found in seconds.items()
-        if any(look.status != 200 for look in found)
-        or percentile([look.ms for look in found], 95) > most_p95_ms
-    ]
-    return max(bad, default=0.0)
+        if look.until >= ended:
+            first, last = max(look.at - ended, 0.0), look.until - ended
+            known = good if look.status == 200 and look.ms <= most_ms else bad
+            known.update(range(math.floor(first), math.floor(last) + 1))
+    bad.update(set(range(math.floor(seconds))) - good)
+    return max((second + 1.0 for second in bad), default=0.0)

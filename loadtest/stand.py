@@ -82,12 +82,13 @@ class Stand:
 
 
 @contextmanager
-def stand(chosen: Settings, folder: Path, rows: int = 0) -> Iterator[Stand]:
-    """Bring it up: load the data, build the tables, train one LightGBM model and register it.
+def stand(chosen: Settings, folder: Path, candidate: str, rows: int = 0) -> Iterator[Stand]:
+    """Bring it up: load the data, build the tables, train a model and register it.
 
     Args:
         chosen: the settings; `source` says which data.
         folder: temporary; PostgreSQL's user has to be able to enter it.
+        candidate: kind of model.
         rows: of generated data instead of the source; 0: the source.
 
     Raises:
@@ -115,17 +116,17 @@ def stand(chosen: Settings, folder: Path, rows: int = 0) -> Iterator[Stand]:
             folders = ["--target-path", str(target), "--log-path", str(target)]
             run(["dbt", "build", *only, *folders], environment, PROJECT)
             mlflow.wait_until_ready()
-            log.info("training a model")
-            _point(uri, _train(environment))
+            log.info("training a model: %s", candidate)
+            _point(uri, _train(environment, candidate))
             yield Stand(server, uri, f"{data.rows:,} rows, {data.origin}", folder)
         finally:
             processes.stop(state)
 
 
-def _train(environment: dict[str, str]) -> str:
+def _train(environment: dict[str, str], candidate: str) -> str:
     command: Sequence[str] = (
         *(sys.executable, "-W", "ignore", "-m", "training", "run", "--no-learning-curve"),
-        *("--candidates", "lightgbm", "--trials", "1", "--decided-by", "load test"),
+        *("--candidates", candidate, "--trials", "1", "--decided-by", "load test"),
     )
     said = run(command, environment).output
     answer: dict[str, Any] = json.loads(said[said.index("\n{\n") :])

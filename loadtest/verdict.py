@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 RAMP = (1, 2, 4, 8, 16, 32, 64, 96)
 SHAPES = ("steady", "soak", "ramp", "spike")
 SHED = "shed"
 """What refused requests are counted as, where that is no failure."""
+MOST_SILENT_SECONDS = 5
+"""Without any answer, at a stretch. Who waits asks nothing else meanwhile, so a service that hangs
+for a while is slow to as few requests as there are users, too few for a percentile to tell."""
 
 
 def missed(
@@ -22,7 +26,41 @@ def missed(
         said.append(f"p95 {found['p95_ms']:.0f} ms, wanted {most_p95_ms:g} or less")
     if found["failures"] > most_failures:
         said.append(f"{found['failures']} failures, wanted {most_failures} or fewer")
+    if found["silent_seconds"] > MOST_SILENT_SECONDS:
+        said.append(
+            f"no answer for {found['silent_seconds']} s, wanted {MOST_SILENT_SECONDS} or less"
+        )
     return said
+
+
+def in_words(misses: Iterable[str], seconds: float) -> str:
+    """The verdict in one line."""
+    said = "; ".join(misses)
+    return f"FAIL over {seconds:.0f} s: {said}" if said else f"PASS over {seconds:.0f} s"
+
+
+def silence(answered: Iterable[int], begin: float, end: float) -> int:
+    """The longest run of whole seconds in which nothing was answered.
+
+    Args:
+        answered: seconds (since the epoch) in which something was.
+        begin: of the test, seconds since the epoch.
+        end: of the test.
+    """
+    marks = sorted({int(begin), int(end), *answered})
+    return max((later - earlier - 1 for earlier, later in pairwise(marks)), default=0)
+
+
+def forget(prediction_id: str) -> str:
+    """SQL that deletes what load tests left in the prediction log, all of them and nothing else.
+
+    Args:
+        prediction_id: of any prediction of a load test; all are of one made-up patient.
+    """
+    return (
+        "delete from inference.predictions where patient_hash = (select patient_hash "
+        f"from inference.predictions where prediction_id = '{prediction_id}');"
+    )
 
 
 def users_at(shape: str, second: float, seconds: float, most: int) -> int | None:

@@ -25,6 +25,8 @@ from psycopg2.extensions import connection as Connection  # noqa: N812
 from psycopg2.extensions import cursor as Cursor  # noqa: N812
 from psycopg2.extras import Json, execute_values
 
+from ingestion.contract import NOBODY
+
 log = logging.getLogger(__name__)
 
 PREDICTIONS, LOAD = "predictions", "load"
@@ -98,6 +100,7 @@ from inference.predictions as p
 inner join inference.models as m on m.model_version = p.model_version
 where p.role = 'champion' and m.feature_sha256 = %(features)s
     and p.predicted_at >= %(begin)s and p.predicted_at < %(end)s
+    and p.encounter_hash is distinct from %(nobody)s
 order by p.predicted_at desc, p.prediction_id desc
 limit %(most)s
 """
@@ -454,6 +457,8 @@ def _take_predictions(cursor: Cursor, check: Check, champion: Champion, start: d
         "begin": start,
         "end": check.checked_at,
         "most": MOST_ROWS,
+        # A load test asks for nobody; it says nothing of patients.
+        "nobody": encounter_hash(check.key, NOBODY),
     }
     cursor.execute(_PREDICTIONS, arguments)
     rows = int(cursor.rowcount)

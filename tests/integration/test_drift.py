@@ -24,6 +24,7 @@ import psycopg2
 import pytest
 from psycopg2.extras import execute_values
 
+from ingestion.contract import NOBODY
 from ingestion.source import open_csv
 from ingestion.synthetic import csv_blocks
 from monitoring import drift
@@ -319,6 +320,7 @@ def write_checks(connection: Any, platform: Platform) -> None:
         [row for _, row in trained],
         ids=[encounter for encounter, _ in trained],
     )
+    made("load test", START + 250 * DAY, rows[:ROWS], ids=[NOBODY] * ROWS)
     moment = START + 300 * DAY
     with connection:
         predict(cursor, platform, moment - HOUR, rows[:600], version="0")
@@ -482,6 +484,10 @@ def test_outcomes_that_arrive_later_find_their_prediction(platform: Platform) ->
 def test_predictions_for_what_the_champion_learnt_from_prove_nothing(platform: Platform) -> None:
     found = platform.check("learnt", "predictions")
     assert (found["rows"], found["labelled_rows"]) == (ROWS, 0)
+
+
+def test_what_a_load_test_asked_is_left_out(platform: Platform) -> None:
+    assert platform.check("load test", "predictions")["rows"] == 0
 
 
 def test_load_is_held_against_outcomes_that_the_champion_did_not_learn_from(

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.errors import BenchError
 from ingestion.contract import FIELDS, MISSING
 from loadtest import __main__ as command
-from loadtest import data, measure, run
+from loadtest import data, measure, memory, run
 from loadtest.page import write_page
 from loadtest.probe import Look, recovery
-from loadtest.run import OBJECTIVES, Objective, history
-from loadtest.verdict import RAMP, missed, users_at
+from loadtest.run import OBJECTIVES, Load, Objective, history
+from loadtest.verdict import RAMP, in_words, missed, silence, users_at
+from services import processes
+from services.web import API
 from serving import records
 from settings import PROJECT_ROOT, Settings
 
-FOUND: dict[str, Any] = {"requests_per_second": 300.0, "p95_ms": 100.0, "failures": 0}
+FOUND: dict[str, Any] = {
+    "requests_per_second": 300.0,
+    "p95_ms": 100.0,
+    "failures": 0,
+    "silent_seconds": 0,
+}
 
 
 def test_every_field_of_every_encounter_is_as_the_contract_says() -> None:
@@ -37,6 +45,8 @@ def test_every_field_of_every_encounter_is_as_the_contract_says() -> None:
                 assert str(value) in field.values, name
             elif field.values:
                 assert value in (*field.values, MISSING), name
+        # By this the prediction log is rid of them, and no outcome is taken for theirs.
+        assert (one["encounter_id"], one["patient_nbr"]) == (data.NOBODY, data.NOBODY)
     # What the service checks by.
     records.batch_adapter().validate_python({"encounters": sent})
 
@@ -100,10 +110,34 @@ def test_a_spike_of_one_user_is_that_user() -> None:
         ({"requests_per_second": 12.0}, ["12 requests/s, wanted 250 or more"]),
         ({"p95_ms": 151.0}, ["p95 151 ms, wanted 150 or less"]),
         ({"failures": 1}, ["1 failures, wanted 0 or fewer"]),
+        ({"silent_seconds": 5}, []),
+        ({"silent_seconds": 6}, ["no answer for 6 s, wanted 5 or less"]),
     ],
 )
 def test_verdict(change: dict[str, Any], said: list[str]) -> None:
     assert missed({**FOUND, **change}, 250, 150, 0) == said
+
+
+def test_the_verdict_names_the_seconds() -> None:
+    assert in_words([], 60.4) == "PASS over 60 s"
+    assert in_words(["this", "that"], 600) == "FAIL over 600 s: this; that"
+
+
+@pytest.mark.parametrize(
+    ("answered", "silent"),
+    [
+        (range(100, 161), 0),
+        ([], 59),
+        ([100, 101, 102], 57),
+        ([*range(100, 120), *range(129, 161)], 9),
+        ([*range(100, 158), 169], 8),
+        (range(110, 161), 9),
+    ],
+)
+def test_silence_is_the_longest_stretch_without_an_answer(
+    answered: Iterable[int], silent: int
+) -> None:
+    assert silence(answered, 100.2, 160.3) == silent
 
 
 def test_every_scenario_has_an_objective() -> None:
@@ -133,7 +167,14 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--only=ramp,walk"], ["--seconds-factor=0"], ["--rows=-1"], ["--only="]]
+    "arguments",
+    [
+        ["--only=ramp,walk"],
+        ["--seconds-factor=0"],
+        ["--rows=-1"],
+        ["--only="],
+        ["--candidate=oracle"],
+    ],
 )
 def test_wrong_arguments_of_measure(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -144,10 +185,63 @@ def test_wrong_arguments_of_measure(arguments: list[str]) -> None:
 def test_nobody_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "load"
     assert command.main(["--url=http://127.0.0.1:9", f"--out={out}"]) == 1
-    assert capsys.readouterr().err == (
-        "error: no answer from http://127.0.0.1:9; is it up? make run starts it\n"
-    )
+    said = capsys.readouterr()
+    assert said.err == "error: no answer from http://127.0.0.1:9; is it up? make run starts it\n"
     assert not out.exists()
+    first, warning, *_ = said.out.splitlines()
+    assert first == "http://127.0.0.1:9: single, steady, 16 users, 60 s ..."
+    assert "prediction log" in warning
+
+
+def test_a_soak_takes_ten_minutes_unless_told_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = ["--url=http://127.0.0.1:9", f"--out={tmp_path}", "--shape=soak"]
+    assert command.main(away) == command.main([*away, "--seconds=7"]) == 1
+    said = capsys.readouterr().out
+    assert "soak, 16 users, 600 s" in said
+    assert "soak, 16 users, 7 s" in said
+
+
+@pytest.mark.parametrize(
+    ("last", "misses", "said"),
+    [
+        (418.0, [], "400 MiB (PSS) after the first minute, 418 at the end (+4.5%)"),
+        (421.0, ["memory +5.2%, wanted within 5 %"], "421 at the end"),
+        (379.0, ["memory -5.2%, wanted within 5 %"], "379 at the end"),
+        (None, [], "was not looked at"),
+    ],
+)
+def test_a_soak_judges_memory(
+    last: float | None,
+    misses: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    look = None if last is None else lambda: 400.0
+    monkeypatch.setattr(memory, "of_platform", lambda *_: look)
+    monkeypatch.setattr(memory, "growth", lambda *_: (400.0, last))
+    monkeypatch.setattr(command, "run", lambda *_: {**FOUND, "missed": []})
+    found = command.soak(Settings(), Load("http://127.0.0.1:1"), Objective(), tmp_path)
+    assert found["missed"] == misses
+    assert said in found["memory"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == found
+
+
+def test_memory_is_that_of_the_api_of_make_run(tmp_path: Path) -> None:
+    chosen = Settings(state_dir=tmp_path)
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    processes.start(API.name, sleeper, tmp_path, {API.port_variable: "1234"}, tmp_path / "log")
+    try:
+        look = memory.of_platform(chosen, "http://127.0.0.1:1234")
+        assert look
+        assert 1 < look() < 100
+        for other in ("http://127.0.0.1:1235", "http://far:1234", "https://127.0.0.1"):
+            assert memory.of_platform(chosen, other) is None
+    finally:
+        processes.stop(tmp_path)
+    assert memory.of_platform(chosen, "http://127.0.0.1:1234") is None
 
 
 def test_an_address_that_is_set_comes_before_what_runs(tmp_path: Path) -> None:
@@ -162,6 +256,7 @@ def test_history_is_read_without_seconds_that_answered_nothing(tmp_path: Path) -
         "100,1,POST,/v1/predict,9,1,1,1",
         "100,1,,Aggregated,0,N/A,N/A,N/A",
         "101,2,,Aggregated,250.5,10,30,45",
+        "102,2,,Aggregated,0.000000,10,30,45",
     ]
     (tmp_path / "stats_stats_history.csv").write_text("\n".join([names, *rows]))
     assert history(tmp_path) == [
@@ -171,21 +266,44 @@ def test_history_is_read_without_seconds_that_answered_nothing(tmp_path: Path) -
 
 def test_recovery_is_the_end_of_the_last_bad_second() -> None:
     good = [Look(100 + tenth / 10, 200, 5) for tenth in range(100)]
-    assert recovery(good, 100, 150) == 0
-    assert recovery([Look(99, 503, 5), *good], 100, 150) == 0
-    assert recovery([*good, Look(102.5, 503, 1)], 100, 150) == 3
-    assert recovery([*good, Look(104.2, 0, 1)], 100, 150) == 5
-    slow = [Look(101.5, 200, 900)] * 10
-    assert recovery([*good, *slow], 100, 150) == 2
-    with pytest.raises(BenchError, match="nothing was asked"):
-        recovery(good, 200, 150)
+    assert recovery(good, 100, 10, 150) == 0
+    assert recovery([Look(99, 503, 5), *good], 100, 10, 150) == 0
+    assert recovery([*good, Look(102.5, 503, 1)], 100, 10, 150) == 3
+    assert recovery([*good, Look(104.2, 0, 1)], 100, 10, 150) == 5
+    assert recovery([*good, Look(101.5, 200, 300)], 100, 10, 150) == 2
+
+
+@pytest.mark.parametrize(
+    ("stall", "recovered"),
+    [
+        (Look(99.8, 200, 12_200), 13),  # sent before the end, answered 12 s after it
+        (Look(99.8, 0, 30_000), 30),  # given up
+        (Look(100.9, 200, 9_000), 10),
+        (Look(99.8, 200, 100), 0),  # no stall
+    ],
+)
+def test_a_stall_lasts_from_its_sending_to_its_answer(stall: Look, recovered: float) -> None:
+    # One at a time: while it waits, the probe sends nothing.
+    looks = [Look(90 + tenth / 10, 200, 5) for tenth in range(250)]
+    kept = [look for look in looks if not stall.at <= look.at < stall.until]
+    assert recovery([*kept, stall], 100, 15, 150) == recovered
+
+
+def test_a_second_that_nobody_looked_at_is_not_good() -> None:
+    good = [Look(100 + tenth / 10, 200, 5) for tenth in range(100)]
+    assert recovery(good, 100, 15, 150) == 15
+    assert recovery([], 100, 15, 150) == 15
+    assert recovery([look for look in good if int(look.at) != 104], 100, 10, 150) == 5
 
 
 def test_growth_of_memory() -> None:
     samples = [(float(second), 400.0 + second / 10) for second in range(0, 600, 5)]
-    first, last = measure.growth(samples, 60, 600)
+    first, last = memory.growth(samples, 600)
     assert first == pytest.approx(407.25)
     assert last == pytest.approx(456.75)
+    # An hour still has a first minute; of a short soak it is a tenth.
+    assert memory.growth([(60.0, 1), (360.0, 2), (3600.0, 3)], 3600) == (1, 3)
+    assert memory.growth([(0.5, 1), (1.2, 2), (9.5, 3)], 10) == (2, 3)
 
 
 ABOUT = {
@@ -194,23 +312,33 @@ ABOUT = {
     "seconds_factor": 1.0,
     "load_before": 0.1,
     "was_idle": True,
+    "model": "catboost",
     "data": "10 rows",
 }
 PAGE: dict[str, Any] = {
     "machine": {"cpu": "a CPU", "cores": 2, "system": "Linux"},
     "ramp": {
         **ABOUT,
+        "requests": 9_000,
         "failures": 0,
         "steps": [
             {"users": 1, "rps": 100.0, "p50_ms": 4.0, "p95_ms": 6.0, "p99_ms": 9.0},
             {"users": 16, "rps": 400.0, "p50_ms": 30.0, "p95_ms": 60.0, "p99_ms": 90.0},
         ],
     },
-    "steady": {
+    "paced": {
         **ABOUT,
-        **FOUND,
-        "requests": 90_000,
-        "users": 16,
+        "users": 32,
+        "requests": 9_000,
+        "failures": 0,
+        "steps": [
+            {"rate": 50, "rps": 50.0, "p50_ms": 2.0, "p95_ms": 3.0, "p99_ms": 4.0},
+            {"rate": 900, "rps": 390.0, "p50_ms": 60.0, "p95_ms": 90.0, "p99_ms": 99.0},
+        ],
+    },
+    **{
+        part: {**ABOUT, **FOUND, "requests": 90_000, "users": 16}
+        for part in ("steady", "explain", "batch", "page")
     },
     "overload": {
         **ABOUT,
@@ -221,6 +349,8 @@ PAGE: dict[str, Any] = {
         "served_p95_ms": 400.0,
         "shed": 5_000,
         "shed_p95_ms": 100.0,
+        "shed_seen": 5_010,
+        "shed_counted": 5_010,
         "failures": 0,
         "predictions": 19_000,
         "lost": 0,
@@ -244,6 +374,11 @@ def test_page(tmp_path: Path) -> None:
     assert "MISSED" not in page
     assert "not idle" not in page
     assert "Most requests/s: 400, with 16 users." in page
+    assert "| 900 | 390 | 60 | 90 | 99 |" in page
+    assert "Locust on a service with a catboost model" in page
+    assert "delete from inference.predictions" in page
+    for objective in OBJECTIVES.values():
+        assert f">= {objective.least_rps:g} requests/s" in page
     first = (tmp_path / "latency.svg").read_bytes()
     write_page(tmp_path, PAGE)
     assert (tmp_path / "latency.svg").read_bytes() == first
@@ -255,6 +390,13 @@ def test_page(tmp_path: Path) -> None:
         ("steady", {"requests_per_second": 249.0}),
         ("steady", {"p95_ms": 151.0}),
         ("steady", {"failures": 1}),
+        ("steady", {"silent_seconds": 6}),
+        ("explain", {"requests_per_second": 1.0}),
+        ("batch", {"p95_ms": 5000.0}),
+        ("page", {"failures": 1}),
+        ("ramp", {"failures": 1}),
+        ("paced", {"failures": 1}),
+        ("overload", {"shed_counted": 5_011}),
         ("overload", {"shed": 0}),
         ("overload", {"failures": 1}),
         ("overload", {"recovered_after_seconds": 6.0}),
@@ -270,4 +412,4 @@ def test_page_says_what_was_missed(part: str, change: dict[str, Any], tmp_path: 
     only = {"machine": PAGE["machine"], part: {**PAGE[part], **change}}
     write_page(tmp_path, only)
     assert (tmp_path / "results.md").read_text().count("**MISSED**") == 1
-    assert not (tmp_path / "latency.svg").exists()
+    assert (tmp_path / "latency.svg").exists() == (part in ("ramp", "paced"))
