@@ -1,6 +1,9 @@
 """Take README's pictures of a running platform with headless Chromium.
 
 Usage: make screenshots   (after make run; needs chromium on the PATH, or CHROMIUM=path)
+
+Those of the API under load come last: Locust asks it for three minutes, at the end more than it
+takes, so that some requests are shed.
 """
 
 from __future__ import annotations
@@ -11,15 +14,18 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
+from loadtest.__main__ import running  # noqa: E402
+from loadtest.run import Load, Objective, run  # noqa: E402
 from services import processes  # noqa: E402
 from services.airflow import ADMIN, Airflow  # noqa: E402
+from services.observability import PROMETHEUS, Prometheus  # noqa: E402
 from services.state import Secrets  # noqa: E402
 from services.web import PAGE  # noqa: E402
 from settings import settings  # noqa: E402
@@ -33,12 +39,29 @@ PUBLISHED = (
     "diabetes_excluded",
     "batch_info",
 )
+LOAD_USERS = 256
+"""At the end of the ramp: twice as many as the service takes at once."""
+
+OVER_TIME = {
+    "Requests a second by status; 503 is what is shed": (
+        'sum by (status) (rate(http_requests_total{route="/v1/predict"}[20s])) '
+        'or label_replace(sum(rate(http_requests_shed_total[20s])), "status", "503", "", "")'
+    ),
+    "Seconds within which 50, 95 and 99 % of the answered are answered": " or ".join(
+        f"label_replace(histogram_quantile({share / 100}, sum by (le) "
+        '(rate(http_request_duration_seconds_bucket{route="/v1/predict"}[20s]))), '
+        f'"share", "p{share}", "", "")'
+        for share in (50, 95, 99)
+    ),
+}
+"""What Prometheus is asked for its picture, by what it shows."""
 
 
 def main() -> int:
     """Write the pictures to the folder given, and return 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PROJECT_ROOT / "docs" / "images")
+    parser.add_argument("--load-seconds", type=int, default=180, help="that Locust asks the API")
     arguments = parser.parse_args()
     chromium = (
         os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -65,6 +88,7 @@ def main() -> int:
         _model_card(browser, uri, arguments.out / "model-card.png")
         port = processes.find(state, PAGE.name)[0].environ()[PAGE.port_variable]
         _page(browser, f"http://127.0.0.1:{port}", arguments.out)
+        _under_load(browser, state, arguments.load_seconds, arguments.out)
         browser.close()
     return 0
 
@@ -157,6 +181,31 @@ def _page(browser: Browser, url: str, folder: Path) -> None:
     page.get_by_text(text("model.calibration"), exact=True).wait_for()
     page.wait_for_timeout(2000)
     page.screenshot(path=folder / "page-model.png")
+
+
+def _under_load(browser: Browser, state: Path, seconds: int, folder: Path) -> None:
+    """Pictures of a ramp of users: Locust's report, and Prometheus where it runs."""
+    url = running(settings())
+    load = Load(url=url, shape="ramp", users=LOAD_USERS, seconds=seconds)
+    prometheus = Prometheus(state, Path(PROMETHEUS.name)).url
+    with tempfile.TemporaryDirectory() as report:
+        run(load, Objective(), Path(report))
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.goto((Path(report) / "report.html").as_uri())
+        page.wait_for_timeout(3000)
+        page.screenshot(path=folder / "load-locust.png")
+    if not prometheus:
+        sys.stderr.write("Prometheus does not run: load-prometheus.png was not taken\n")
+        return
+    shown = {}
+    for number, query in enumerate(OVER_TIME.values()):
+        shown |= {f"g{number}.expr": query, f"g{number}.tab": 0}
+        shown |= {f"g{number}.range_input": f"{seconds + 40}s", f"g{number}.step_input": 2}
+    page = browser.new_page(viewport={"width": 1280, "height": 1400})
+    page.goto(f"{prometheus}/graph?{urlencode(shown)}")
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(3000)
+    page.screenshot(path=folder / "load-prometheus.png")
 
 
 if __name__ == "__main__":

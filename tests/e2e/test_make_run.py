@@ -357,6 +357,7 @@ def test_drift_is_checked_and_every_panel_has_data(platform: LocalPlatform) -> N
     run_id = airflow.trigger("diabetes_drift_monitoring", {})
     states = {task.task_id: task.state for task in airflow.follow(DRIFT, run_id, 300)}
     assert airflow.run_state(DRIFT, run_id) == "success", states
+    assert states["retrain"] == "skipped"
     windows = dict(platform.rows("select window_name, enough_rows from monitoring.drift_checks"))
     assert windows == {"predictions": True, "load": True}
     (experiment,) = [
@@ -385,6 +386,28 @@ def test_drift_is_checked_and_every_panel_has_data(platform: LocalPlatform) -> N
         time.sleep(2)
 
 
+def test_drift_starts_a_training_where_it_is_to(platform: LocalPlatform) -> None:
+    variables = platform.environment()
+    older = [{**as_json(row), "age": "[90-100)"} for row in synthetic(1500, seed=8)]
+    api = variables["DIABETES_API_URL"]
+    ((before,),) = platform.rows("select count(*) from inference.predictions")
+    assert requests.post(f"{api}/v1/predict/batch", json={"encounters": older}, timeout=60).ok
+    logged = "select count(*) from inference.predictions"
+    deadline = time.monotonic() + 30
+    while platform.rows(logged)[0][0] < int(str(before)) + 1000:  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    password = json.loads((platform.state / "secrets.json").read_text())["admin"]
+    airflow = Airflow(platform.state, variables, password)
+    run_id = airflow.trigger(DRIFT, {"retrain": True})
+    states = {task.task_id: task.state for task in airflow.follow(DRIFT, run_id, 300)}
+    assert states["retrain"] == "success", states
+    # The same data would make the same model: the run is there, and skips itself.
+    training = "diabetes_model_training"
+    started = airflow.follow(training, f"drift__{run_id}", 300)
+    assert {task.task_id: task.state for task in started}["prepare"] == "skipped"
+
+
 def answer(url: str, expression: str) -> list[object]:
     """What Prometheus answers to a query now."""
     given = requests.get(f"{url}/api/v1/query", params={"query": expression}, timeout=10).json()
@@ -397,11 +420,16 @@ def answer(url: str, expression: str) -> list[object]:
 def test_pages_show_in_a_browser(platform: LocalPlatform, tmp_path: Path) -> None:
     # The script logs in, opens the graph of the last run and the lineage, and waits for both.
     subprocess.run(
-        [sys.executable, str(PROJECT_ROOT / "scripts" / "screenshots.py"), "--out", str(tmp_path)],
+        [
+            *(sys.executable, str(PROJECT_ROOT / "scripts" / "screenshots.py")),
+            *("--out", str(tmp_path), "--load-seconds", "18"),
+        ],
         env={**os.environ, "DIABETES_STATE_DIR": str(platform.state)},
         check=True,
     )
-    for name in ("airflow-graph", "dbt-lineage", "model-card", "page-encounter", "page-model"):
+    pictures = ["airflow-graph", "dbt-lineage", "model-card", "page-encounter", "page-model"]
+    pictures += ["load-locust", *(["load-prometheus"] if find_tool(PROMETHEUS, "") else [])]
+    for name in pictures:
         picture = (tmp_path / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
         # An empty page of this size compresses to a few kilobytes.
