@@ -189,11 +189,12 @@ def _under_load(browser: Browser, state: Path, seconds: int, folder: Path) -> No
     load = Load(url=url, shape="ramp", users=LOAD_USERS, seconds=seconds)
     prometheus = Prometheus(state, Path(PROMETHEUS.name)).url
     with tempfile.TemporaryDirectory() as report:
-        run(load, Objective(), Path(report))
+        found = run(load, Objective(), Path(report))
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.goto((Path(report) / "report.html").as_uri())
         page.wait_for_timeout(3000)
         page.screenshot(path=folder / "load-locust.png")
+    sys.stdout.write(f"What it asked can be deleted from the database with\n  {found['forget']}\n")
     if not prometheus:
         sys.stderr.write("Prometheus does not run: load-prometheus.png was not taken\n")
         return
