@@ -183,7 +183,7 @@ def test_secrets_are_those_of_the_contract(values: dict[str, Any]) -> None:
         if "secret" in node
         for item in node["secret"]["items"]
     ]
-    assert len(references) == 2
+    assert len(references) == 3
     assert len(mounted) == 2
     for reference in references + mounted:
         assert reference["key"] in SECRETS[reference["name"]]
