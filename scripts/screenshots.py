@@ -2,7 +2,7 @@
 
 Usage: make screenshots   (after make run; needs chromium on the PATH, or CHROMIUM=path)
 
-Those of the API under load come last: Locust asks it for three minutes, at the end more than it
+That of the API under load comes last: Locust asks it for three minutes, at the end more than it
 takes, so that some requests are shed.
 """
 
@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -25,7 +25,6 @@ from loadtest.__main__ import running  # noqa: E402
 from loadtest.run import Load, Objective, run  # noqa: E402
 from services import processes  # noqa: E402
 from services.airflow import ADMIN, Airflow  # noqa: E402
-from services.observability import PROMETHEUS, Prometheus  # noqa: E402
 from services.state import Secrets  # noqa: E402
 from services.web import PAGE  # noqa: E402
 from settings import settings  # noqa: E402
@@ -41,20 +40,6 @@ PUBLISHED = (
 )
 LOAD_USERS = 256
 """At the end of the ramp: twice as many as the service takes at once."""
-
-OVER_TIME = {
-    "Requests a second by status; 503 is what is shed": (
-        'sum by (status) (rate(http_requests_total{route="/v1/predict"}[20s])) '
-        'or label_replace(sum(rate(http_requests_shed_total[20s])), "status", "503", "", "")'
-    ),
-    "Seconds within which 50, 95 and 99 % of the answered are answered": " or ".join(
-        f"label_replace(histogram_quantile({share / 100}, sum by (le) "
-        '(rate(http_request_duration_seconds_bucket{route="/v1/predict"}[20s]))), '
-        f'"share", "p{share}", "", "")'
-        for share in (50, 95, 99)
-    ),
-}
-"""What Prometheus is asked for its picture, by what it shows."""
 
 
 def main() -> int:
@@ -88,7 +73,7 @@ def main() -> int:
         _model_card(browser, uri, arguments.out / "model-card.png")
         port = processes.find(state, PAGE.name)[0].environ()[PAGE.port_variable]
         _page(browser, f"http://127.0.0.1:{port}", arguments.out)
-        _under_load(browser, state, arguments.load_seconds, arguments.out)
+        _under_load(browser, arguments.load_seconds, arguments.out / "load-locust.png")
         browser.close()
     return 0
 
@@ -183,30 +168,25 @@ def _page(browser: Browser, url: str, folder: Path) -> None:
     page.screenshot(path=folder / "page-model.png")
 
 
-def _under_load(browser: Browser, state: Path, seconds: int, folder: Path) -> None:
-    """Pictures of a ramp of users: Locust's report, and Prometheus where it runs."""
+def _under_load(browser: Browser, seconds: int, picture: Path) -> None:
+    """Picture of a ramp of users, as Locust's report draws it."""
     url = running(settings())
     load = Load(url=url, shape="ramp", users=LOAD_USERS, seconds=seconds)
-    prometheus = Prometheus(state, Path(PROMETHEUS.name)).url
     with tempfile.TemporaryDirectory() as report:
         found = run(load, Objective(), Path(report))
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.goto((Path(report) / "report.html").as_uri())
         page.wait_for_timeout(3000)
-        page.screenshot(path=folder / "load-locust.png")
+        boxes = [drawn.bounding_box() for drawn in page.locator("canvas").all()]
+        seen = [box for box in boxes if box]
+        top = min(box["y"] for box in seen)
+        bottom = max(box["y"] + box["height"] for box in seen)
+        page.screenshot(
+            path=picture,
+            full_page=True,
+            clip={"x": 0, "y": top - 10, "width": 1280, "height": bottom - top + 20},
+        )
     sys.stdout.write(f"What it asked can be deleted from the database with\n  {found['forget']}\n")
-    if not prometheus:
-        sys.stderr.write("Prometheus does not run: load-prometheus.png was not taken\n")
-        return
-    shown = {}
-    for number, query in enumerate(OVER_TIME.values()):
-        shown |= {f"g{number}.expr": query, f"g{number}.tab": 0}
-        shown |= {f"g{number}.range_input": f"{seconds + 40}s", f"g{number}.step_input": 2}
-    page = browser.new_page(viewport={"width": 1280, "height": 1400})
-    page.goto(f"{prometheus}/graph?{urlencode(shown)}")
-    page.wait_for_load_state("networkidle")
-    page.wait_for_timeout(3000)
-    page.screenshot(path=folder / "load-prometheus.png")
 
 
 if __name__ == "__main__":
