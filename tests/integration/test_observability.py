@@ -331,11 +331,11 @@ def test_the_pipelines_exporter_is_one_of_the_services(state: Path, database: Da
     EXPORTER.wait_until_up(state, port)
     assert EXPORTER.port(state, 56710, variables) == port
     (process,) = processes.find(state, EXPORTER.name)
-    # Idle is idle: less than one part in fifty of a processor.
+    # Idle is idle: less than a tenth of a processor, and a loop would take all of one.
     begin = process.cpu_times()
     time.sleep(3)
     end = process.cpu_times()
-    assert (end.user + end.system) - (begin.user + begin.system) < 0.06
+    assert (end.user + end.system) - (begin.user + begin.system) < 0.3
     assert EXPORTER.port(state, 56710, {**variables, "DIABETES_DB_PORT": "1"}) == port
     assert not processes.find(state, EXPORTER.name)
 
