@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, FloatRect, Locator, Page, sync_playwright
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
@@ -140,16 +140,7 @@ def _model_card(browser: Browser, uri: str, picture: Path) -> None:
         card = client.download_artifacts(version.run_id, "card/model_card.html", folder)
         page = browser.new_page(viewport={"width": 1150, "height": 900})
         page.goto(Path(card).as_uri())
-        figures = page.locator("img")
-        boxes = [figures.nth(index).bounding_box() for index in range(figures.count())]
-    seen = [box for box in boxes if box][:6]
-    top = min(box["y"] for box in seen)
-    bottom = max(box["y"] + box["height"] for box in seen)
-    page.screenshot(
-        path=picture,
-        full_page=True,
-        clip={"x": 0, "y": top - 10, "width": 1150, "height": bottom - top + 20},
-    )
+        _across(page, page.locator("img").all()[:6], picture)
 
 
 def _page(browser: Browser, url: str, folder: Path) -> None:
@@ -177,16 +168,18 @@ def _under_load(browser: Browser, seconds: int, picture: Path) -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.goto((Path(report) / "report.html").as_uri())
         page.wait_for_timeout(3000)
-        boxes = [drawn.bounding_box() for drawn in page.locator("canvas").all()]
-        seen = [box for box in boxes if box]
-        top = min(box["y"] for box in seen)
-        bottom = max(box["y"] + box["height"] for box in seen)
-        page.screenshot(
-            path=picture,
-            full_page=True,
-            clip={"x": 0, "y": top - 10, "width": 1280, "height": bottom - top + 20},
-        )
+        _across(page, page.locator("canvas").all(), picture)
     sys.stdout.write(f"What it asked can be deleted from the database with\n  {found['forget']}\n")
+
+
+def _across(page: Page, shown: list[Locator], picture: Path) -> None:
+    """Picture of the page's whole width, from the first of what is shown to the last."""
+    boxes = [box for each in shown if (box := each.bounding_box())]
+    top = min(box["y"] for box in boxes) - 10
+    bottom = max(box["y"] + box["height"] for box in boxes) + 10
+    width = page.evaluate("window.innerWidth")
+    clip: FloatRect = {"x": 0, "y": top, "width": width, "height": bottom - top}
+    page.screenshot(path=picture, full_page=True, clip=clip)
 
 
 if __name__ == "__main__":
