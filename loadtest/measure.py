@@ -4,7 +4,7 @@ On a service of its own (PostgreSQL, MLflow and a model trained for it, see load
 the client on the same machine: a ramp to saturation and paced load up to there, five minutes of
 steady load, a minute each of the other scenarios, an overload with what comes after it, and a soak
 of ten minutes. Each part replaces its own figures in results.json, from which page and plot are
-written; all parts together replace the file. Half an hour in all.
+written; all parts together replace the file. Forty minutes in all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +62,9 @@ _SHED = "http_requests_shed_total"
 _WARM, _LEAST_WARM = 10.0, 5.0
 _STEP_SECONDS, _LEAST_STEP_SECONDS = 15.0, 4.0
 _STEP_LOOKS = 3
+_ROUNDS = 3
+"""Of the ramp and of the paced load, whose steps are short."""
+_FIGURES = ("rps", "p50_ms", "p95_ms", "p99_ms")
 
 log = logging.getLogger("loadtest")
 
@@ -84,52 +87,48 @@ class Measurement:
     def ramp(self) -> dict[str, Any]:
         """Latency and requests/s for each number of users."""
         seconds = len(RAMP) * self._step_seconds
-        folder = self._folder / "ramp"
+        requests = failures = 0
+        steps: list[dict[str, float]] = []
         with self._warm("ramp") as api:
-            found = run(_load(api, "ramp", RAMP[-1], seconds), _ANY, folder)
-        steps: dict[int, list[dict[str, float]]] = {}
-        for row in history(folder):
-            steps.setdefault(int(row["users"]), []).append(row)
-        # Locust's figures are of the ten seconds before: a step's last are of that step only.
-        return {
-            "requests": found["requests"],
-            "failures": found["failures"],
-            "steps": [
-                {
-                    "users": users,
-                    **{
-                        name: statistics.median(row[name] for row in rows[-_STEP_LOOKS:])
-                        for name in ("rps", "p50_ms", "p95_ms", "p99_ms")
-                    },
-                }
-                for users, rows in sorted(steps.items())
-                if users in RAMP
-            ],
-        }
+            for number in range(_ROUNDS):
+                folder = self._folder / f"ramp-{number}"
+                found = run(_load(api, "ramp", RAMP[-1], seconds), _ANY, folder)
+                requests += found["requests"]
+                failures += found["failures"]
+                rows: dict[float, list[dict[str, float]]] = {}
+                for row in history(folder):
+                    rows.setdefault(row["users"], []).append(row)
+                # Locust's figures are of the ten seconds before: a step's last are of it alone.
+                steps += [
+                    {
+                        "users": users,
+                        **{
+                            name: statistics.median(row[name] for row in rows[users][-_STEP_LOOKS:])
+                            for name in _FIGURES
+                        },
+                    }
+                    for users in rows.keys() & set(RAMP)
+                ]
+        return {"requests": requests, "failures": failures, "steps": over_rounds("users", steps)}
 
     def paced(self) -> dict[str, Any]:
         """Latency where the same users ask for so many requests/s, up to more than there are."""
         with self._warm("paced") as api:
+            load = _load(api, "steady", PACED_USERS, self._step_seconds)
             steps = [
-                run(
-                    replace(_load(api, "steady", PACED_USERS, self._step_seconds), rate=rate),
-                    _ANY,
-                    self._folder / "paced",
-                )
-                for rate in RATES
+                {
+                    **run(replace(load, rate=rate), _ANY, self._folder / "paced"),
+                    "rate": float(rate),
+                }
+                for rate in RATES * _ROUNDS
             ]
         return {
             "users": PACED_USERS,
             "requests": sum(found["requests"] for found in steps),
             "failures": sum(found["failures"] for found in steps),
-            "steps": [
-                {
-                    "rate": rate,
-                    "rps": found["requests_per_second"],
-                    **{name: found[name] for name in ("p50_ms", "p95_ms", "p99_ms")},
-                }
-                for rate, found in zip(RATES, steps, strict=True)
-            ],
+            "steps": over_rounds(
+                "rate", [{**found, "rps": found["requests_per_second"]} for found in steps]
+            ),
         }
 
     def steady(self) -> dict[str, Any]:
@@ -227,6 +226,27 @@ class Measurement:
             run(load, _ANY, self._folder / "warm")
             settle(api)
             yield api
+
+
+def over_rounds(step: str, looks: Iterable[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The steps of all rounds: medians, and between which requests/s lay.
+
+    Args:
+        step: what tells a step of a round, `users` or `rate`.
+        looks: one a step of each round: requests/s (`rps`) and percentiles in milliseconds.
+    """
+    steps: dict[float, list[Mapping[str, float]]] = {}
+    for look in looks:
+        steps.setdefault(look[step], []).append(look)
+    return [
+        {
+            step: key,
+            **{name: statistics.median(look[name] for look in found) for name in _FIGURES},
+            "least_rps": min(look["rps"] for look in found),
+            "most_rps": max(look["rps"] for look in found),
+        }
+        for key, found in sorted(steps.items())
+    ]
 
 
 def _load(

@@ -33,7 +33,7 @@ _METHOD = """\
 ```bash
 make load                                            # on the API that `make run` left running
 make load OPTIONS="--scenario page --shape ramp"     # everything else: OPTIONS="--help"
-.venv/bin/python -m loadtest.measure                 # this page: a service of its own, half an hour
+.venv/bin/python -m loadtest.measure                 # this page: a service of its own, 40 minutes
 .venv/bin/python -m loadtest.measure --only soak     # one part of it; the others stay as they are
 ```
 
@@ -85,10 +85,10 @@ Users ask again as soon as they are answered; with `--rate` for so many requests
 - Steady: five minutes. Latency is Locust's, from a request's first byte to the answer's last, with
   Locust's waiting for the CPU in it; its percentiles are rounded to two digits. What a caller waits
   for the CPU between an answer and its next request is in no percentile, so the table has the mean
-  of the whole round beside them: users / requests/s, which no latency's mean can be above.
-- Ramp: 15 s a step; percentiles are those of a step's last ten seconds. Paced: 15 s a rate, 32
-  users who begin spread over their interval; who is late asks again at once, so that a rate which
-  is too much for the service becomes what the service can.
+  of the whole turn beside them: users / requests/s, which no latency's mean can be above.
+- Ramp: 15 s a step; figures are those of a step's last ten seconds. Paced: 15 s a rate, 32 users
+  who begin spread over their interval; who is late asks again at once, so that a rate which is too
+  much for the service becomes what the service can. Both: medians over three rounds.
 - Explain, batch, page: one minute each.
 - Overload: one minute of twice as many users as the service takes at once
   (`DIABETES_API_MOST_REQUESTS`, left at its default), who take no heed of `Retry-After`. A 503 with
@@ -255,10 +255,11 @@ def _paced(steps: Sequence[Mapping[str, float]], users: int) -> list[str]:
         f"Up to saturation (open points): {users} users who ask for a rate together. Where fewer "
         "requests/s come out than were asked for, it is more than client and service can.",
         "",
-        "| asked for | requests/s | p50 ms | p95 ms | p99 ms |",
-        "|---|---|---|---|---|",
+        "| asked for | requests/s | of the rounds | p50 ms | p95 ms | p99 ms |",
+        "|---|---|---|---|---|---|",
         *(
-            f"| {step['rate']:.0f} | {step['rps']:.0f} | {step['p50_ms']:.0f} "
+            f"| {step['rate']:.0f} | {step['rps']:.0f} "
+            f"| {step['least_rps']:.0f} to {step['most_rps']:.0f} | {step['p50_ms']:.0f} "
             f"| {step['p95_ms']:.0f} | {step['p99_ms']:.0f} |"
             for step in steps
         ),
@@ -274,10 +275,11 @@ def _ramp(steps: Sequence[Mapping[str, float]]) -> list[str]:
         "requests/s and wait longer. Inside the dashed lines the objective holds. Most requests/s: "
         f"{most['rps']:.0f}, with {most['users']:.0f} users.",
         "",
-        "| users | requests/s | p50 ms | p95 ms | p99 ms | a round, ms |",
-        "|---|---|---|---|---|---|",
+        "| users | requests/s | of the rounds | p50 ms | p95 ms | p99 ms | a turn, ms |",
+        "|---|---|---|---|---|---|---|",
         *(
-            f"| {step['users']:.0f} | {step['rps']:.0f} | {step['p50_ms']:.0f} "
+            f"| {step['users']:.0f} | {step['rps']:.0f} "
+            f"| {step['least_rps']:.0f} to {step['most_rps']:.0f} | {step['p50_ms']:.0f} "
             f"| {step['p95_ms']:.0f} | {step['p99_ms']:.0f} "
             f"| {1000 * step['users'] / step['rps']:.1f} |"
             for step in steps

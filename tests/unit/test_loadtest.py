@@ -321,20 +321,28 @@ PAGE: dict[str, Any] = {
         **ABOUT,
         "requests": 9_000,
         "failures": 0,
-        "steps": [
-            {"users": 1, "rps": 100.0, "p50_ms": 4.0, "p95_ms": 6.0, "p99_ms": 9.0},
-            {"users": 16, "rps": 400.0, "p50_ms": 30.0, "p95_ms": 60.0, "p99_ms": 90.0},
-        ],
+        "steps": measure.over_rounds(
+            "users",
+            [
+                {"users": 1, "rps": 100, "p50_ms": 4, "p95_ms": 6, "p99_ms": 9},
+                {"users": 16, "rps": 400, "p50_ms": 30, "p95_ms": 60, "p99_ms": 90},
+            ],
+        ),
     },
     "paced": {
         **ABOUT,
         "users": 32,
         "requests": 9_000,
         "failures": 0,
-        "steps": [
-            {"rate": 50, "rps": 50.0, "p50_ms": 2.0, "p95_ms": 3.0, "p99_ms": 4.0},
-            {"rate": 900, "rps": 390.0, "p50_ms": 60.0, "p95_ms": 90.0, "p99_ms": 99.0},
-        ],
+        "steps": measure.over_rounds(
+            "rate",
+            [
+                {"rate": 900, "rps": 300, "p50_ms": 60, "p95_ms": 90, "p99_ms": 99},
+                {"rate": 50, "rps": 50, "p50_ms": 2, "p95_ms": 3, "p99_ms": 4},
+                {"rate": 900, "rps": 390, "p50_ms": 64, "p95_ms": 88, "p99_ms": 98},
+                {"rate": 900, "rps": 420, "p50_ms": 50, "p95_ms": 91, "p99_ms": 97},
+            ],
+        ),
     },
     **{
         part: {**ABOUT, **FOUND, "requests": 90_000, "users": 16}
@@ -374,7 +382,7 @@ def test_page(tmp_path: Path) -> None:
     assert "MISSED" not in page
     assert "not idle" not in page
     assert "Most requests/s: 400, with 16 users." in page
-    assert "| 900 | 390 | 60 | 90 | 99 |" in page
+    assert "| 900 | 390 | 300 to 420 | 60 | 90 | 98 |" in page
     assert "Locust on a service with a catboost model" in page
     assert "delete from inference.predictions" in page
     for objective in OBJECTIVES.values():
