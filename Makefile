@@ -3,6 +3,7 @@
 .PHONY: help setup run up down test lint docs bench load deploy undeploy screenshots lock
 
 PYTHON_BIN := .venv/bin/python
+PLATFORM_TEST := tests/e2e/test_make_run.py
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,7 +24,9 @@ test: ## Set up and run lint and all tests
 	@scripts/setup.sh dev
 	@scripts/setup.sh policy
 	@scripts/lint.sh
-	@$(PYTHON_BIN) -m pytest
+	@# Two lanes for two cores. A whole platform takes both by itself, and comes after.
+	@$(PYTHON_BIN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore $(PLATFORM_TEST)
+	@$(PYTHON_BIN) -m pytest $(PLATFORM_TEST)
 
 lint: ## Static checks: ruff, mypy, sqlfluff, shellcheck, hadolint, yamllint
 	@scripts/setup.sh dev

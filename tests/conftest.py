@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 SHARED_DATA = PROJECT_ROOT.parent / "shared" / "data" / "diabetes_130us.zip"
 _PASSWORD = "only-for-tests"
+_LANE = 40 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+"""Added to ports: of two processes of tests, both would find the same one free at the same time."""
 MLFLOW_PASSWORD = "only for mlflow's tests: 100 %/@?"
 
 # Read when mlflow is imported, in this process or in one that a test starts.
@@ -82,7 +84,7 @@ def reachable_tmp() -> Iterator[Path]:
 def server_port(reachable_tmp: Path) -> Iterator[int]:
     """Port of an embedded PostgreSQL that lives as long as the session."""
     server = Postgres(reachable_tmp / "server")
-    port = server.start(56000, _PASSWORD)
+    port = server.start(56000 + _LANE, _PASSWORD)
     yield port
     server.stop()
 
@@ -109,7 +111,7 @@ def mlflow_server(server_port: int, reachable_tmp: Path) -> Iterator[str]:
     database = address(server_port, "mlflow", MLFLOW_PASSWORD)
     server = MlflowServer(state, f"postgresql+psycopg2://{database}")
     try:
-        uri = server.start(56500)
+        uri = server.start(56500 + _LANE)
         server.wait_until_ready()
         yield uri
     finally:
