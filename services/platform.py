@@ -313,7 +313,7 @@ class Platform:
         log.info("          login %s, password %s", ADMIN, self._secrets["admin"])
         log.info("MLflow    %s", uri)
         for name, url in self._urls.items():
-            log.info("Alerts    %s (%s)", url, name)
+            log.info("Monitor   %s (%s)", url, name)
         log.info("dbt docs  %s/cosmos/diabetes/dbt_docs_index.html", airflow.url)
         log.info("          (also in Airflow's menu Browse; readable without login)")
         log.info("By hand   source %s/env.sh; cd dbt_diabetes; dbt build", self._state)

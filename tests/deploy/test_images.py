@@ -111,7 +111,8 @@ def problems(text: str) -> list[str]:
     if any("pip" in rest and "install" in rest and "--require-hashes" not in rest
            for word, rest in instructions(text) if word == "RUN"):  # fmt: skip
         found.append("pip without --require-hashes")
-    if match := re.search(r"https?://\S+|index-url\S*|\b[\w-]+(\.[\w-]+)+(:\d+)?/[\w-]+:", text):
+    index, image = r"(?i:--index|index.url)\S*", r"\b[\w-]+(\.[\w-]+)+(:\d+)?/[\w-]+:"
+    if match := re.search(rf"https?://\S+|{index}|{image}", text):
         found.append(f"a host: {match[0]}")
     for word, rest in instructions(text):
         if word in ("CMD", "ENTRYPOINT") and not rest.startswith("["):
@@ -163,7 +164,8 @@ def test_hadolint_fails_on_a_bad_dockerfile(tmp_path: Path) -> None:
          "USER 10001:10001\nRUN touch /x\n# CMD", "after the user"),
         ("--require-hashes ", "", "--require-hashes"),
         ("python:3.11.16", "registry.example.com/python:3.11.16", "a host"),
-        ("--only-binary :all:", "--index-url mirror", "a host"),
+        ("--only-binary :all:", "--index=mirror", "a host"),
+        ("--only-binary :all:", "PIP_INDEX_URL=mirror", "a host"),
         ('CMD ["python", "-m", "serving"]', "CMD python -m serving", "shell form"),
         ("COPY settings ", "ADD settings ", "ADD"),
         ("COPY serving ", "COPY serving tests ", "kept out by .dockerignore"),
