@@ -153,7 +153,7 @@ class Keeper:
             return
         version = _pointed(self._cache / f"{self.alias}.json")
         if version is None:
-            self.reason = f"{why}, and no version is in the cache; start MLflow (make up)"
+            self.reason = f"no version is in the cache, and {why}"
             return
         try:
             model = Model(self._cache / version)

@@ -33,6 +33,12 @@ _DOWNLOADED, _PASSED = "downloaded", "passed"
 with any exit code."""
 _TIMEOUT = 300
 
+_HINTS = {
+    401: ": set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to a login that it takes",
+    403: f": this login may not read the registered model {REGISTERED_MODEL}",
+}
+"""What to do about a refusal, by status."""
+
 log = logging.getLogger(__name__)
 
 
@@ -58,16 +64,11 @@ class Registry:
         """
         if not self._uri:
             raise RegistryError("MLFLOW_TRACKING_URI is not set: name the MLflow server")
-        try:
-            answer = self._session.get(
-                f"{self._uri}/api/2.0/mlflow/registered-models/alias",
-                params={"name": REGISTERED_MODEL, "alias": alias},
-                timeout=timeout,
-            )
-            content = answer.json()
-        except (requests.RequestException, ValueError) as error:
-            raise RegistryError(f"MLflow at {self._uri} does not answer: {_short(error)}") from None
+        answer = self._ask("alias", timeout, name=REGISTERED_MODEL, alias=alias)
+        content = _content(answer)
         if answer.ok:
+            if "model_version" not in content:
+                raise RegistryError(f"what answers at {self._uri} is no MLflow server")
             found = content["model_version"]
             return {
                 "name": REGISTERED_MODEL,
@@ -79,7 +80,27 @@ class Registry:
             }
         if content.get("error_code") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
-        raise RegistryError(f"MLflow at {self._uri} answers {answer.status_code}")
+        # With logins and workspaces, MLflow answers 403 for a model that does not exist, whatever
+        # the user's rights; see training.registry.find_version.
+        if answer.status_code == requests.codes.forbidden and not self._is_registered(timeout):
+            return None
+        status = answer.status_code
+        raise RegistryError(f"MLflow at {self._uri} answers {status}{_HINTS.get(status, '')}")
+
+    def _is_registered(self, timeout: float) -> bool:
+        """Whether the registry shows our model to this user."""
+        wanted = f"name = '{REGISTERED_MODEL}'"
+        answer = self._ask("search", timeout, filter=wanted, max_results="1")
+        return not answer.ok or bool(_content(answer).get("registered_models"))
+
+    def _ask(self, what: str, timeout: float, **parameters: str) -> requests.Response:
+        url = f"{self._uri}/api/2.0/mlflow/registered-models/{what}"
+        try:
+            return self._session.get(url, params=parameters, timeout=timeout)
+        except requests.RequestException as error:
+            raise RegistryError(
+                f"MLflow at {self._uri} does not answer ({_short(error)}); start it (make up)"
+            ) from None
 
     def fetch(self, found: Mapping[str, Any], folder: Path) -> None:
         """Bring a version into a folder, tested; nothing is left of one that fails.
@@ -156,6 +177,15 @@ def download(folder: Path) -> None:
 def _tell(what: str) -> None:
     sys.stdout.write(f"{what}\n")
     sys.stdout.flush()
+
+
+def _content(answer: requests.Response) -> dict[str, Any]:
+    """The answer's JSON object; empty where it holds none (MLflow refuses in HTML)."""
+    try:
+        content = answer.json()
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _seconds(milliseconds: Any) -> float | None:

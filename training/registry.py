@@ -110,7 +110,11 @@ class Version:
 
 
 def find_version(client: Any, alias_or_number: str) -> Version | None:
-    """The version of our model with this alias or number; None where there is none."""
+    """The version of our model with this alias or number; None where there is none.
+
+    With logins and workspaces, MLflow (3.17) answers 403 for a model that does not exist, whatever
+    the user's rights. Only the search tells that from a model that the user may not read.
+    """
     from mlflow.exceptions import MlflowException
 
     get = (
@@ -121,8 +125,15 @@ def find_version(client: Any, alias_or_number: str) -> Version | None:
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
+        if error.error_code == "PERMISSION_DENIED" and not _is_registered(client):
+            return None
         raise
     return Version(str(found.version), found.run_id, dict(found.tags))
+
+
+def _is_registered(client: Any) -> bool:
+    """Whether the registry shows our model to this user."""
+    return bool(client.search_registered_models(f"name = '{MODEL}'", max_results=1))
 
 
 class Registry:
@@ -177,11 +188,7 @@ class Registry:
         description: str,
     ) -> Version:
         """Register a logged model as a new version, whole or not at all, as the challenger."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.get_registered_model(MODEL)
-        except MlflowException:
+        if not _is_registered(self._client):
             self._client.create_registered_model(
                 MODEL,
                 description="Risk that a diabetic inpatient is readmitted within 30 days. The "
