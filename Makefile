@@ -1,12 +1,20 @@
 # Thin on purpose: every target calls a script or a package.
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down test lint docs bench load deploy undeploy screenshots lock
+.PHONY: help setup run up down test test-all mutants lint docs bench load deploy undeploy screenshots lock
 
 PYTHON_BIN := .venv/bin/python
-PLATFORM_TEST := tests/e2e/test_make_run.py
+SETUP_TESTS := scripts/setup.sh dev && scripts/setup.sh policy
+# Two processes for two cores; tests that share a server run in the same one (tests/conftest.py).
+PROCESSES := 2
+PYTEST = $(PYTHON_BIN) -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+# Half of their time is waiting for an alert.
+test-faults: PROCESSES := 3
+LONG_LANES := faults load cluster
+LANES := unit dbt dags manifests deploy integration e2e $(LONG_LANES)
+.PHONY: $(LANES:%=test-%)
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup:
 	@scripts/setup.sh
@@ -20,13 +28,22 @@ up: setup ## Start all services, and nothing more
 down: setup ## Stop everything that run or up started; data stay
 	@$(PYTHON_BIN) -m services down
 
-test: ## Set up and run lint and all tests
-	@scripts/setup.sh dev
-	@scripts/setup.sh policy
+test: ## Set up, lint, and run the quick lanes: one platform, and all that needs no faults
+	@$(SETUP_TESTS)
 	@scripts/lint.sh
-	@# Two lanes for two cores. A whole platform takes both by itself, and comes after.
-	@$(PYTHON_BIN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore $(PLATFORM_TEST)
-	@$(PYTHON_BIN) -m pytest $(PLATFORM_TEST)
+	@$(PYTEST) -m "not long and not e2e"
+	@# A whole platform takes both cores by itself: beside other tests, both take twice as long.
+	@$(PYTHON_BIN) -m pytest -m e2e
+
+test-all: test $(LONG_LANES:%=test-%) ## Run test, then the long lanes (one alone: test-unit, test-dbt, ... test-cluster)
+
+$(LANES:%=test-%): test-%:
+	@$(SETUP_TESTS)
+	@$(PYTEST) -m $*
+
+mutants: ## Apply tests/mutants one by one and list what no test notices (OPTIONS="--help")
+	@$(SETUP_TESTS)
+	@$(PYTHON_BIN) -m tests.mutants --jobs 2 $(OPTIONS)
 
 lint: ## Static checks: ruff, mypy, sqlfluff, shellcheck, hadolint, yamllint
 	@scripts/setup.sh dev

@@ -14,7 +14,7 @@ ruff check .
 ruff format --check .
 mypy
 (cd dbt_diabetes && sqlfluff lint --disable-progress-bar models tests analyses)
-shellcheck -x scripts/*.sh scripts/lib/*.sh infra/docker/*.sh .ci/run
+shellcheck -x scripts/*.sh scripts/lib/*.sh infra/docker/*.sh .ci/run .ci/programs
 hadolint infra/docker/Dockerfile.*
 yamllint --strict .
 # Of Debian's prometheus and prometheus-alertmanager, not every machine has them.

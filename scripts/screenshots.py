@@ -46,7 +46,8 @@ def main() -> int:
     """Write the pictures to the folder given, and return 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=PROJECT_ROOT / "docs" / "images")
-    parser.add_argument("--load-seconds", type=int, default=180, help="that Locust asks the API")
+    help_of_load = "that Locust asks the API; 0: no picture of it"
+    parser.add_argument("--load-seconds", type=int, default=180, help=help_of_load)
     arguments = parser.parse_args()
     chromium = (
         os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -73,7 +74,8 @@ def main() -> int:
         _model_card(browser, uri, arguments.out / "model-card.png")
         port = processes.find(state, PAGE.name)[0].environ()[PAGE.port_variable]
         _page(browser, f"http://127.0.0.1:{port}", arguments.out)
-        _under_load(browser, arguments.load_seconds, arguments.out / "load-locust.png")
+        if arguments.load_seconds:
+            _under_load(browser, arguments.load_seconds, arguments.out / "load-locust.png")
         browser.close()
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,11 +21,9 @@ from ingestion.contract import FIELDS
 from ingestion.synthetic import csv_blocks
 from services.mlflow_server import client_environment
 from services.processes import free_port
-from settings import PROJECT_ROOT, settings
-from tests.conftest import Database
-from tests.dbt.test_project import Dbt, ingest_synthetic
-
-ENCOUNTERS = 12_000
+from serving.registry import Registry
+from settings import PROJECT_ROOT, Settings, settings
+from tests.warehouse import Database
 
 WARNINGS = [
     # mlflow warns of its own use of pandas and of type hints in itself.
@@ -66,12 +65,14 @@ class Registered:
         database: what they learnt from; the prediction log goes there too.
         uri: of the MLflow server.
         champion, other: their numbers; the alias `champion` is on the first.
+        models: the service's cache with the champion in it; None where it has to be downloaded.
     """
 
     database: Database
     uri: str
     champion: str
     other: str
+    models: Path | None = None
 
     @property
     def client(self) -> Any:
@@ -84,35 +85,52 @@ class Registered:
         self.client.set_registered_model_alias("diabetes_readmission", "champion", number)
 
 
-def register(database: Database, uri: str, folder: Path) -> Registered:
-    """Train two quick models and register them."""
-    from training import evaluate, gates
+def register(database: Database, definition: dict[str, Any], uri: str, folder: Path) -> Registered:
+    """Train two quick models on a built database and register them; the first is champion."""
+    numbers = [
+        train(database, definition, uri, folder, candidate)
+        for candidate in ("lightgbm", "logistic_regression")
+    ]
+    pair = Registered(database, uri, *numbers, folder / "models")
+    pair.crown(pair.champion)
+    # Once, so that not every service of the tests has to: that takes longer than most tests.
+    registry = Registry(Settings(MLFLOW_TRACKING_URI=uri))
+    version = registry.find("champion")
+    assert version
+    registry.fetch(version, folder / "models" / pair.champion)
+    return pair
+
+
+def train(
+    database: Database, definition: dict[str, Any], uri: str, folder: Path, candidate: str
+) -> str:
+    """Train a quick model on a built database and return the number of its version.
+
+    dbt would say the same of the features as the definition does, and take seconds.
+
+    So few encounters make no model that the real gates would let pass: here any does.
+    """
+    from training import evaluate, features, gates
     from training.pipeline import EXPERIMENT, Training
     from training.plan import Spec
     from training.tracking import Tracker
 
-    ingest_synthetic(database, folder, ENCOUNTERS)
-    Dbt(database, folder / "target").build("--exclude-resource-type", "test", batch_size=3000)
-    numbers = []
+    runs = folder / "training"
+    runs.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in {**client_environment(uri), **database.environment}.items():
             monkeypatch.setenv(name, value)
         settings.cache_clear()
-        # So few encounters make no model that the real bounds would let pass.
         bounds = tuple((name, None, None) for name, *_ in gates._BOUNDS)
         monkeypatch.setattr(gates, "_BOUNDS", bounds)
         monkeypatch.setattr(gates, "LEAK_AUROC", 1.0)
+        monkeypatch.setattr(features, "read", lambda dsn: definition)
         monkeypatch.setattr(evaluate, "report", partial(evaluate.report, resamples=50))
-        for candidate in ("lightgbm", "logistic_regression"):
-            tracker = Tracker(uri, folder / "training", EXPERIMENT)
-            (folder / "training").mkdir(exist_ok=True)
-            training = Training(database.dsn, tracker, decided_by="a test")
-            spec = Spec(candidates=(candidate,), trials=1, threads=1)
-            numbers.append(training.run(spec, learning_curve=False)["version"])
+        training = Training(database.dsn, Tracker(uri, runs, EXPERIMENT), decided_by="a test")
+        spec = Spec(candidates=(candidate,), trials=1, threads=1)
+        answer = training.run(spec, learning_curve=False)
     settings.cache_clear()
-    made = Registered(database, uri, *numbers)
-    made.crown(made.champion)
-    return made
+    return str(answer["version"])
 
 
 @dataclass(slots=True)
@@ -142,6 +160,13 @@ class Api:
             time.sleep(0.05)
         raise AssertionError(f"not ready after {timeout} s:\n{self.log.read_text()}")
 
+    def readiness(self) -> str:
+        """What /readyz says; empty as long as nobody listens."""
+        try:
+            return self.get("/readyz").text
+        except requests.ConnectionError:
+            return ""
+
     def get(self, path: str, **arguments: Any) -> requests.Response:
         return self.session.get(f"{self.url}{path}", timeout=60, **arguments)
 
@@ -164,7 +189,12 @@ class Api:
 
 @contextmanager
 def running_api(
-    state: Path, registered: Registered, *, wait: bool = True, **variables: str
+    state: Path,
+    registered: Registered,
+    *,
+    wait: bool = True,
+    empty_cache: bool = False,
+    **variables: str,
 ) -> Iterator[Api]:
     """The API on a free port; stopped at the end, by force if need be.
 
@@ -172,11 +202,15 @@ def running_api(
         state: its state folder.
         registered: whose models it serves and whose database it logs to.
         wait: for a model.
+        empty_cache: whether it has to download what it serves.
         variables: settings other than those, by their environment variable.
     """
     port = free_port(57000 + os.getpid() % 1000)
     log = state / "api.log"
     state.mkdir(parents=True, exist_ok=True)
+    cache = state / "serving" / "models"
+    if registered.models and not cache.exists() and not empty_cache:
+        shutil.copytree(registered.models, cache)
     environment: Mapping[str, str] = {
         **os.environ,
         **client_environment(registered.uri),

@@ -4,65 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ingestion.load import load
-from ingestion.synthetic import write_csv
-from settings import PROJECT_ROOT
-from tests.conftest import Database
-
-PROJECT = PROJECT_ROOT / "dbt_diabetes"
-SPLITS = ("diabetes_train", "diabetes_validation", "diabetes_test", "diabetes_excluded")
-
-
-class Dbt:
-    """dbt on one database, with its own target folder."""
-
-    def __init__(self, database: Database, target: Path) -> None:
-        self.database = database
-        self.target = target
-
-    def __call__(
-        self, *arguments: str, batch_size: int = 15_000
-    ) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).parent / "dbt"), "--quiet", "--log-path"]
-        command += [str(self.target), *arguments, "--target-path", str(self.target)]
-        return subprocess.run(
-            [*command, "--vars", json.dumps({"batch_size": batch_size})],
-            cwd=PROJECT,
-            env={**os.environ, **self.database.environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def build(self, *arguments: str, batch_size: int = 15_000) -> None:
-        done = self(
-            "build", "--exclude-resource-type", "unit_test", *arguments, batch_size=batch_size
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    def broken_nodes(self) -> set[str]:
-        """Names of the nodes that failed in the last command."""
-        results = json.loads((self.target / "run_results.json").read_text())["results"]
-        failed = [one["unique_id"] for one in results if one["status"] in ("fail", "error")]
-        return {unique_id.split(".")[2] for unique_id in failed}
-
-    def published(self) -> list[tuple[object, ...]]:
-        """Every table of clean_data as one hash."""
-        return [
-            row
-            for table in (*SPLITS, "batch_info", "clip_report")
-            for row in self.database.rows(
-                f"select '{table}', md5(string_agg(cast(t as text), '' order by cast(t as text)))"
-                f" from clean_data.{table} as t"
-            )
-        ]
+from tests.warehouse import SPLITS, Database, Dbt, ingest_synthetic, new_database
 
 
 @pytest.fixture
@@ -70,14 +17,15 @@ def dbt(database: Database, tmp_path: Path) -> Dbt:
     return Dbt(database, tmp_path / "target")
 
 
-def ingest(database: Database, path: Path, **options: Any) -> None:
-    load(path, database.dsn, source=str(path), run_id="test", reject_limit_percent=1, **options)
-
-
-def ingest_synthetic(database: Database, folder: Path, rows: int) -> None:
-    path = folder / f"{rows}.csv"
-    write_csv(path, rows=rows)
-    ingest(database, path)
+@pytest.fixture(scope="module")
+def small(server_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dbt]:
+    """Five hundred encounters, built."""
+    folder = tmp_path_factory.mktemp("small")
+    with new_database(server_port, f"small_{os.getpid()}") as database:
+        ingest_synthetic(database, folder, 500)
+        dbt = Dbt(database, folder / "target")
+        dbt.build("--exclude-resource-type", "test")
+        yield dbt
 
 
 def test_everything_passes_on_synthetic_data(dbt: Dbt, tmp_path: Path) -> None:
@@ -95,12 +43,10 @@ def test_everything_passes_on_synthetic_data(dbt: Dbt, tmp_path: Path) -> None:
     assert placed == raw == 2_000
 
 
-def test_every_column_is_described_and_no_test_name_is_too_long(dbt: Dbt, tmp_path: Path) -> None:
-    ingest_synthetic(dbt.database, tmp_path, 500)
-    dbt.build()
-    assert dbt("docs", "generate").returncode == 0
-    manifest = json.loads((dbt.target / "manifest.json").read_text())
-    catalog = json.loads((dbt.target / "catalog.json").read_text())
+def test_every_column_is_described_and_no_test_name_is_too_long(small: Dbt) -> None:
+    assert small("docs", "generate").returncode == 0
+    manifest = json.loads((small.target / "manifest.json").read_text())
+    catalog = json.loads((small.target / "catalog.json").read_text())
     described = manifest["nodes"] | manifest["sources"]
     missing = [
         f"{name}.{column}"
@@ -173,17 +119,18 @@ def test_split_of_a_patient_never_moves(dbt: Dbt, tmp_path: Path) -> None:
     ],
 )
 def test_broken_raw_row_fails_before_anything_is_published(
-    dbt: Dbt, tmp_path: Path, damage: str, gate: str
+    small: Dbt, tmp_path: Path, damage: str, gate: str
 ) -> None:
-    ingest_synthetic(dbt.database, tmp_path, 500)
-    dbt.build()
-    before = dbt.published()
-    dbt.database.rows("alter table raw_data.diabetes alter column a1cresult drop not null")
-    one = "select min(encounter_id) from raw_data.diabetes"
-    dbt.database.rows(f"{damage} where encounter_id = ({one})")
-    assert dbt("build", "--exclude-resource-type", "unit_test").returncode != 0
-    assert any(name.startswith(gate) for name in dbt.broken_nodes()), dbt.broken_nodes()
-    assert dbt.published() == before
+    built = small.database
+    with new_database(built.port, f"{built.name}_copy", built.name) as database:
+        dbt = Dbt(database, tmp_path / "target")
+        before = dbt.published()
+        database.rows("alter table raw_data.diabetes alter column a1cresult drop not null")
+        one = "select min(encounter_id) from raw_data.diabetes"
+        database.rows(f"{damage} where encounter_id = ({one})")
+        assert dbt("build", "--exclude-resource-type", "unit_test").returncode != 0
+        assert any(name.startswith(gate) for name in dbt.broken_nodes()), dbt.broken_nodes()
+        assert dbt.published() == before
 
 
 def test_empty_database_is_one_clear_error(dbt: Dbt) -> None:
@@ -192,9 +139,7 @@ def test_empty_database_is_one_clear_error(dbt: Dbt) -> None:
     assert 'relation "raw_data.diabetes" does not exist' in done.stdout
 
 
-def test_known_answers_on_the_real_file(dbt: Dbt, real_zip: Path) -> None:
-    ingest(dbt.database, real_zip)
-    dbt.build()
+def test_known_answers_on_the_real_file(real: Database) -> None:
     facts = """select count(*), count(distinct patient_nbr), sum({positive})
         from clean_data.{table}"""
     known = {
@@ -204,8 +149,8 @@ def test_known_answers_on_the_real_file(dbt: Dbt, real_zip: Path) -> None:
     }
     for table, answer in known.items():
         query = facts.format(table=table, positive="readmitted_within_30_days")
-        assert dbt.database.rows(query) == [answer], table
+        assert real.rows(query) == [answer], table
     excluded = "select split, count(*) from clean_data.diabetes_excluded group by 1 order by 1"
-    assert dbt.database.rows(excluded) == [("test", 361), ("train", 1_691), ("validation", 371)]
-    batches = dbt.database.rows("select rows from clean_data.batch_info order by batch_id")
+    assert real.rows(excluded) == [("test", 361), ("train", 1_691), ("validation", 371)]
+    batches = real.rows("select rows from clean_data.batch_info order by batch_id")
     assert batches == [(15_000,)] * 4 + [(9_794,)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -16,12 +17,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import yaml
+
 from settings import PROJECT_ROOT
-from tests.deploy.apiserver import Cluster, Key, Server
-from tests.deploy.manifests import KUBECTL
+from tests.deploy.apiserver import (
+    KINDS,
+    Behaviour,
+    Cluster,
+    Key,
+    Object,
+    Request,
+    Server,
+    running,
+)
+from tests.manifests.manifests import KUBECTL
 
 NAMESPACE = "diabetes-mlops"
+PLAIN = ("--skip-build", "--without-airflow")
+"""Flags for a test that is about neither images nor Airflow."""
+PLURALS = {kind.name: kind.plural for kind in KINDS.values()}
 STUBS = Path(__file__).with_name("stubs")
+ORDER = [
+    "statefulsets/postgres",
+    "statefulsets/minio",
+    "jobs/init-storage",
+    "jobs/mlflow-migrate",
+    "deployments/mlflow",
+    "jobs/mlflow-users",
+]
+"""Stores, Jobs and MLflow, as a deployment has to bring them up."""
 _NOT_OURS = {"kubectl", "docker", "helm", "microk8s", "python3"}
 
 
@@ -180,6 +205,12 @@ class Desk:
             if found["type"] == "Opaque"
         }
 
+    def rendered(self, overlay: str = "microk8s") -> list[Object]:
+        """What deploy.sh has applied last."""
+        folder = self.root / ".run" / "deploy" / overlay
+        done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, check=True)
+        return list(yaml.safe_load_all(done.stdout))
+
     def changes(self) -> list[str]:
         """Requests that changed something, as "verb kind/name"."""
         return [
@@ -243,3 +274,104 @@ def settled(cluster: Cluster) -> None:
     while version != cluster.version:
         version = cluster.version
         time.sleep(0.1)
+
+
+def key_of(item: Object) -> Key:
+    """Where the cluster keeps an object."""
+    plural = PLURALS[item["kind"]]
+    return plural, NAMESPACE if KINDS[plural].namespaced else "", item["metadata"]["name"]
+
+
+def consistent(secrets: dict[str, dict[str, str]]) -> None:
+    """What one Secret derives from another fits."""
+    postgres, mlflow = secrets["postgres-credentials"], secrets["mlflow-credentials"]
+    uri = f"postgresql+psycopg2://mlflow:{postgres['mlflow-password']}@postgres:5432/mlflow"
+    assert mlflow["backend-store-uri"] == uri
+    assert f"database_uri = {uri}\n" in mlflow["basic_auth.ini"]
+    api, page = secrets["api-credentials"], secrets["ui-credentials"]["api-key"]
+    hashes = dict(part.split(":") for part in api["key-hashes"].split(","))
+    assert hashes == {
+        "page": hashlib.sha256(page.encode()).hexdigest(),
+        "operator": hashlib.sha256(api["operator-key"].encode()).hexdigest(),
+    }
+    if airflow := secrets.get("airflow-credentials"):
+        server = "postgres:5432"
+        own, data = postgres["airflow-password"], postgres["diabetes-password"]
+        assert airflow["connection"] == f"postgresql+psycopg2://airflow:{own}@{server}/airflow"
+        assert airflow["postgres-default"] == f"postgres://diabetes:{data}@{server}/diabetes"
+        assert json.loads(airflow["passwords.json"]) == {"admin": airflow["admin-password"]}
+        watching = secrets["airflow-monitoring"]
+        assert json.loads(watching["passwords.json"]) == {watching["user"]: watching["password"]}
+
+
+@dataclass(frozen=True, slots=True)
+class First:
+    """The first deployment on an empty cluster, and what it left.
+
+    Attributes:
+        objects: what was rendered and applied.
+        waited: Jobs and MLflow, and whether all before them was ready when they came.
+    """
+
+    run: Run
+    objects: list[Object]
+    waited: dict[str, bool]
+    saved: Saved
+    calls: list[list[str]]
+    command_lines: str
+    journal: list[Request]
+    secrets: dict[str, dict[str, str]]
+
+
+@pytest.fixture(scope="session")
+def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """A desk and its server, for the fixtures below."""
+    with running() as server:
+        yield Desk.laid_out(server, tmp_path_factory.mktemp("desk"))
+
+
+@pytest.fixture(scope="session")
+def first(laid_out: Desk) -> First:
+    """The first deployment."""
+    laid_out.clear()
+    cluster, waited = laid_out.cluster, dict[str, bool]()
+
+    def look(request: Request) -> None:
+        name = f"{request.resource}/{request.name}"
+        if name in ORDER[2:] and request.verb == "patch":
+            before = [one.split("/") for one in ORDER[: ORDER.index(name)]]
+            states = [cluster.get(*one, NAMESPACE)["status"] for one in before]
+            waited[name] = all(
+                state.get("readyReplicas") or state.get("succeeded") for state in states
+            )
+
+    cluster.after_change = look
+    for name in ORDER:
+        cluster.behaviours[name.partition("/")[2]] = Behaviour(delay=0.3)
+    run = laid_out.deploy().fine()
+    settled(cluster)
+    calls, command_lines = laid_out.calls, laid_out.command_lines
+    return First(
+        run,
+        laid_out.rendered(),
+        waited,
+        laid_out.save(),
+        calls,
+        command_lines,
+        list(cluster.journal),
+        laid_out.secrets(),
+    )
+
+
+@pytest.fixture
+def desk(laid_out: Desk) -> Desk:
+    """A desk with a new cluster."""
+    laid_out.clear()
+    return laid_out
+
+
+@pytest.fixture
+def deployed(laid_out: Desk, first: First) -> Desk:
+    """A desk whose cluster has the platform."""
+    laid_out.load(first.saved)
+    return laid_out

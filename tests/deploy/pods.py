@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from settings import PROJECT_ROOT
-from tests.deploy.manifests import Object, container, find, pod
+from tests.manifests.manifests import Object, container, find, pod
 
 # What an image starts where the manifest gives arguments only.
 ENTRYPOINTS = {

@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-
 import pytest
 
-from tests.deploy.apiserver import Behaviour, Fault, Key, Request, running
-from tests.deploy.desk import NAMESPACE, Desk, Saved, ended, kill, settled
+from tests.deploy.apiserver import Behaviour, Fault, Key
+from tests.deploy.desk import NAMESPACE, Desk, settled
 
 KEPT = {"persistentvolumeclaims", "secrets", "namespaces", "serviceaccounts"}
 ROOT_CA: Key = ("configmaps", NAMESPACE, "kube-root-ca.crt")
-
-
-@pytest.fixture(scope="module")
-def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    with running() as server:
-        yield Desk.laid_out(server, tmp_path_factory.mktemp("desk"))
-
-
-@pytest.fixture(scope="module")
-def saved(laid_out: Desk) -> Saved:
-    laid_out.clear()
-    laid_out.deploy("--skip-build").fine()
-    settled(laid_out.cluster)
-    return laid_out.save()
-
-
-@pytest.fixture
-def deployed(laid_out: Desk, saved: Saved) -> Desk:
-    laid_out.load(saved)
-    return laid_out
 
 
 def left(desk: Desk) -> set[Key]:
@@ -69,30 +46,6 @@ def test_data_and_secrets_stay_and_are_used_again(deployed: Desk) -> None:
     deployed.deploy("--skip-build").fine()
     assert deployed.secrets() == secrets
     assert claims(deployed) == volumes
-
-
-def test_broken_off_it_can_be_run_again(deployed: Desk) -> None:
-    def strike(request: Request) -> None:
-        if request.verb == "delete" and request.resource == "statefulsets":
-            kill(process)
-
-    deployed.cluster.after_change = strike
-    with deployed.start("cleanup.sh") as process:
-        assert ended(process).code == -signal.SIGKILL
-    deployed.cluster.after_change = None
-    deployed.run("cleanup.sh").fine()
-    assert {key[0] for key in left(deployed)} == KEPT
-
-
-def test_interrupted(deployed: Desk) -> None:
-    def strike(request: Request) -> None:
-        if request.verb == "delete" and request.resource == "deployments":
-            kill(process, signal.SIGINT)
-
-    deployed.cluster.after_change = strike
-    with deployed.start("cleanup.sh") as process:
-        run = ended(process)
-    run.failed("interrupted: ", "run the same command again", code=130)
 
 
 @pytest.mark.parametrize("typed", ["", "yes\n", "diabetes\n"])

@@ -12,7 +12,7 @@ import os
 import random
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,27 +32,18 @@ from monitoring.champion import fetch
 from monitoring.drift import Champion, Check, DriftError, Found, Loads
 from monitoring.report import EXPERIMENT, PAGE, publish
 from serving.prediction_log import _TABLES as PREDICTION_LOG
-from tests.conftest import SHARED_DATA, Database
-from tests.dbt.test_project import Dbt, ingest
-from tests.integration.test_parity import made_database
+from tests.conftest import SHARED_DATA
 from tests.served import WARNINGS, Registered
+from tests.warehouse import Database, Dbt, ingest, new_database
 from training import data, features
 from training.drift import reference as reference_of
 from training.inference import FeatureQuery, sigmoid
 
-SEEDS = 20
+SEEDS = 5
+"""tests/faults/test_drift_seeds.py repeats the statistical tests with twenty."""
 ROWS = 1_000
 LOAD_ROWS = 1_300
 """Of which a thousand and more are scored: those of test are not."""
-
-UNSHIFTED = range(2, 2 + SEEDS)
-"""Loads of encounters as they come; load 1 is what the champion learnt from."""
-
-SHIFTED = range(UNSHIFTED.stop, UNSHIFTED.stop + SEEDS)
-"""Loads of older patients with another A1C."""
-
-SMALL = SHIFTED.stop
-"""The newest load: 200 encounters, and corrections of some that were there."""
 
 KEY = b"only for tests"
 START = datetime(2025, 6, 1, tzinfo=UTC)
@@ -107,6 +98,7 @@ class Platform:
         champion: which learnt from load 1.
         held_out: id and features of encounters of load 1 that are in validation.
         learnt: the same of encounters that the champion learnt from.
+        seeds: how many loads come as they are, and how many are shifted.
     """
 
     database: Database
@@ -114,6 +106,22 @@ class Platform:
     champion: Champion
     held_out: list[tuple[int, list[Any]]]
     learnt: list[tuple[int, list[Any]]]
+    seeds: int
+
+    @property
+    def unshifted(self) -> range:
+        """Loads of encounters as they come; load 1 is what the champion learnt from."""
+        return range(2, 2 + self.seeds)
+
+    @property
+    def shifted(self) -> range:
+        """Loads of older patients with another A1C."""
+        return range(self.unshifted.stop, self.unshifted.stop + self.seeds)
+
+    @property
+    def small(self) -> int:
+        """The newest load: 200 encounters, and corrections of some that were there."""
+        return self.shifted.stop
 
     def find(self, check_id: str, window: str, where: str = "true") -> dict[str, dict[str, Any]]:
         """The rows of monitoring.drift by feature."""
@@ -161,12 +169,18 @@ def place(platform: Platform, name: str) -> int:
 @pytest.fixture(scope="module")
 def platform(server_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """Everything is put into place and checked once; the tests look at what was found."""
-    folder = tmp_path_factory.mktemp("drift")
-    with made_database(server_port, f"drift_{os.getpid()}") as database:
-        load_all(database, folder)
+    with checked_platform(server_port, tmp_path_factory.mktemp("drift"), SEEDS) as made:
+        yield made
+
+
+@contextmanager
+def checked_platform(server_port: int, folder: Path, seeds: int) -> Iterator[Platform]:
+    """Loads, a champion, and a check of each load."""
+    with new_database(server_port, f"drift_{os.getpid()}") as database:
+        load_all(database, folder, seeds)
         dbt = Dbt(database, folder / "target")
         dbt.build("--exclude-resource-type", "test")
-        made = made_platform(database, dbt)
+        made = made_platform(database, dbt, seeds)
         with closing(psycopg2.connect(database.dsn)) as connection:
             with connection:
                 connection.cursor().execute(PREDICTION_LOG)
@@ -189,8 +203,8 @@ def encounters() -> list[list[str]]:
     return list(csv.reader(io.StringIO(text.decode())))
 
 
-def load_all(database: Database, folder: Path) -> None:
-    """What the champion learns from, then 20 loads as they come, 20 shifted ones, a small one."""
+def load_all(database: Database, folder: Path, seeds: int) -> None:
+    """What the champion learns from, then loads as they come, as many shifted, a small one."""
     header, *rows = encounters()
     random.Random(0).shuffle(rows)  # noqa: S311
 
@@ -201,11 +215,11 @@ def load_all(database: Database, folder: Path) -> None:
         ingest(database, file)
 
     small, rows = rows[:200], rows[200:]
-    later = [rows[begin : begin + LOAD_ROWS] for begin in range(0, SEEDS * LOAD_ROWS, LOAD_ROWS)]
-    first = rows[SEEDS * LOAD_ROWS :]
+    later = [rows[begin : begin + LOAD_ROWS] for begin in range(0, seeds * LOAD_ROWS, LOAD_ROWS)]
+    first = rows[seeds * LOAD_ROWS :]
     for made in (first, *later):
         load(made)
-    for begin in range(0, SEEDS * LOAD_ROWS, LOAD_ROWS):
+    for begin in range(0, seeds * LOAD_ROWS, LOAD_ROWS):
         load(shifted(header, first[begin : begin + LOAD_ROWS]))
     place = header.index("readmitted")
     corrected = [[*row[:place], "<30", *row[place + 1 :]] for row in first[:500]]
@@ -224,7 +238,7 @@ def shifted(header: list[str], rows: list[list[str]]) -> list[list[str]]:
     return made
 
 
-def made_platform(database: Database, dbt: Dbt) -> Platform:
+def made_platform(database: Database, dbt: Dbt, seeds: int) -> Platform:
     """A champion that learnt from load 1, with the reference that training makes of it."""
     definition = features.read(database.dsn)
     listed = definition["features"]
@@ -258,6 +272,7 @@ def made_platform(database: Database, dbt: Dbt) -> Platform:
         Champion("1", 1, reference_of(train.features, listed, scores), scorer),
         rows_of("validation"),
         rows_of("train"),
+        seeds,
     )
 
 
@@ -285,15 +300,15 @@ def write_checks(connection: Any, platform: Platform) -> None:
             drift.add(cursor, check(name, moment), platform.champion, loads)
 
     held_out = [row for _, row in platform.held_out]
-    for seed, load in enumerate(UNSHIFTED):
+    for seed, load in enumerate(platform.unshifted):
         drawn = random.Random(seed).sample(held_out, ROWS)  # noqa: S311
         made(f"seed {seed}", START + seed * HOUR, drawn, Loads(load - 1, load))
-    for seed, load in enumerate(SHIFTED):
+    for seed, load in enumerate(platform.shifted):
         drawn = random.Random(seed).sample(held_out, ROWS)  # noqa: S311
         moment = START + 2 * DAY + seed * HOUR
         rows = [older(platform, row) for row in drawn]
         made(f"shifted {seed}", moment, rows, Loads(load - 1, load))
-    made("small", START + 4 * DAY, loads=Loads(SMALL - 1, SMALL))
+    made("small", START + 4 * DAY, loads=Loads(platform.small - 1, platform.small))
     sample = random.Random(99).sample(platform.held_out, 4 * ROWS)  # noqa: S311
     rows, ids = [row for _, row in sample], [encounter for encounter, _ in sample]
     special = {
@@ -385,17 +400,17 @@ def predict(
 
 
 @pytest.mark.parametrize("window", ["predictions", "load"])
-def test_unshifted_rows_are_not_flagged_over_20_seeds(platform: Platform, window: str) -> None:
-    checks = [platform.check(f"seed {seed}", window) for seed in range(SEEDS)]
+def test_unshifted_rows_are_not_flagged_whatever_the_seed(platform: Platform, window: str) -> None:
+    checks = [platform.check(f"seed {seed}", window) for seed in range(platform.seeds)]
     assert all(each["rows"] >= ROWS and each["enough_rows"] for each in checks)
-    assert [each["drifted_features"] for each in checks] == [0] * SEEDS
+    assert [each["drifted_features"] for each in checks] == [0] * platform.seeds
     judged = platform.database.rows(
         "select max(psi), count(*) filter (where feature = '(score)' and psi is not null) "
         "from monitoring.drift where check_id like 'seed %%' and window_name = %s",
         window,
     )
     ((worst, scores),) = judged
-    assert scores == SEEDS
+    assert scores == platform.seeds
     # Not by a hair: the noise of features with 50 levels and more stays below half of the limit.
     assert 0 < float(str(worst)) < 0.1
 
@@ -403,12 +418,12 @@ def test_unshifted_rows_are_not_flagged_over_20_seeds(platform: Platform, window
 @pytest.mark.parametrize(
     ("window", "features_of_it"), [("load", CONSEQUENCES), ("predictions", {"age_midpoint"})]
 )
-def test_shifted_rows_are_flagged_where_they_shifted_over_20_seeds(
+def test_shifted_rows_are_flagged_where_they_shifted_whatever_the_seed(
     platform: Platform, window: str, features_of_it: set[str]
 ) -> None:
-    checks = [f"shifted {seed}" for seed in range(SEEDS)]
+    checks = [f"shifted {seed}" for seed in range(platform.seeds)]
     assert all(platform.check(name, window)["enough_rows"] for name in checks)
-    assert [platform.flagged(name, window) for name in checks] == [features_of_it] * SEEDS
+    assert [platform.flagged(name, window) for name in checks] == [features_of_it] * platform.seeds
 
 
 def test_load_has_the_features_that_were_published(platform: Platform) -> None:
@@ -519,7 +534,7 @@ def test_predictions_of_the_version_before_count_where_its_features_are_the_same
 
 def test_corrections_are_no_sample_of_patients(platform: Platform) -> None:
     found = platform.check("small", "load")
-    assert found["rows"] == platform.count(f"first_load_id = {SMALL}") <= 200
+    assert found["rows"] == platform.count(f"first_load_id = {platform.small}") <= 200
 
 
 def test_small_loads_wait_for_one_another_and_none_is_passed_over(platform: Platform) -> None:
@@ -527,21 +542,24 @@ def test_small_loads_wait_for_one_another_and_none_is_passed_over(platform: Plat
         cursor = connection.cursor()
         judged = "select loads_after, load_id from monitoring.drift_checks where check_id = %s"
         cursor.execute(f"{judged} and window_name = 'load'", ("seed 3",))
-        assert cursor.fetchone() == (UNSHIFTED[2], UNSHIFTED[3])
+        assert cursor.fetchone() == (platform.unshifted[2], platform.unshifted[3])
         # What came since the last load that was judged.
-        assert drift.loads_of(cursor, "next", 1) == (SMALL - 1, SMALL)
+        assert drift.loads_of(cursor, "next", 1) == (platform.small - 1, platform.small)
         # What this check looked at, whatever came since.
-        assert drift.loads_of(cursor, "seed 3", 1) == (UNSHIFTED[2], UNSHIFTED[3])
+        assert drift.loads_of(cursor, "seed 3", 1) == (platform.unshifted[2], platform.unshifted[3])
         cursor.execute(
             "update monitoring.drift_checks set enough_rows = true, loads_after = 7 "
             "where check_id = 'small' and window_name = 'load'"
         )
         # Nothing new: the same again.
-        assert drift.loads_of(cursor, "next", 1) == (7, SMALL)
+        assert drift.loads_of(cursor, "next", 1) == (7, platform.small)
         cursor.execute("delete from monitoring.drift_checks")
         # What the champion did not learn from; the newest, where it learnt from all.
-        assert drift.loads_of(cursor, "next", 1) == (1, SMALL)
-        assert drift.loads_of(cursor, "next", SMALL) == (SMALL - 1, SMALL)
+        assert drift.loads_of(cursor, "next", 1) == (1, platform.small)
+        assert drift.loads_of(cursor, "next", platform.small) == (
+            platform.small - 1,
+            platform.small,
+        )
         connection.rollback()
 
 

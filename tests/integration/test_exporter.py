@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg2
@@ -19,7 +20,6 @@ from prometheus_client import CollectorRegistry, generate_latest, start_http_ser
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from ingestion.load import load
 from ingestion.synthetic import write_csv
 from monitoring import exporter_airflow
 from monitoring.exporter import Exporter, Source
@@ -27,7 +27,7 @@ from monitoring.exporter_database import DatabaseReader
 from services.postgres import Postgres
 from services.processes import free_port
 from settings import PROJECT_ROOT
-from tests.conftest import Database, _maintenance
+from tests.warehouse import Database, Dbt, ingest, new_database
 
 Values = dict[str, dict[tuple[str, ...], float]]
 
@@ -63,61 +63,29 @@ def read(database: Database) -> Values:
     return found
 
 
-def dbt(database: Database, target: Path, *arguments: str, **variables: str) -> int:
-    return subprocess.run(
-        [
-            str(Path(sys.executable).with_name("dbt")),
-            "--quiet",
-            "--log-path",
-            str(target),
-            *arguments,
-            "--target-path",
-            str(target),
-        ],
-        cwd=PROJECT_ROOT / "dbt_diabetes",
-        env={**os.environ, **database.environment, **variables},
-        capture_output=True,
-        check=False,
-    ).returncode
-
-
 def up(metric: Metric) -> dict[str, float]:
     """Whether each question was answered."""
     return {sample.labels["question"]: sample.value for sample in metric.samples}
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("target")
-
-
-@pytest.fixture(scope="module")
-def built(
-    server_port: int, target: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Database]:
-    """A database with one load, and clean_data built of it."""
-    name = f"exporter_{os.getpid()}"
-    with closing(_maintenance(server_port)) as connection:
-        connection.cursor().execute(f"create database {name}")
-        made = Database(server_port, name)
-        path = tmp_path_factory.mktemp("load") / "1000.csv"
+def dbt(server_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dbt]:
+    """dbt on a database with one load, of which it has built clean_data."""
+    folder = tmp_path_factory.mktemp("exporter")
+    with new_database(server_port, f"exporter_{os.getpid()}") as database:
+        path = folder / "1000.csv"
         write_csv(path, rows=1_000)
         with path.open("a") as file:
             file.write("not,a,row\n")
-        load(path, made.dsn, source="a test", run_id="test", reject_limit_percent=1)
-        code = dbt(
-            made,
-            target,
-            "build",
-            "--exclude-resource-type",
-            "unit_test",
-            "test",
-            "--vars",
-            "{batch_size: 300}",
-        )
-        assert code == 0
-        yield made
-        connection.cursor().execute(f"drop database {name} with (force)")
+        ingest(database, path)
+        dbt = Dbt(database, folder / "target")
+        dbt.build("--exclude-resource-type", "test", batch_size=300)
+        yield dbt
+
+
+@pytest.fixture
+def built(dbt: Dbt) -> Database:
+    return dbt.database
 
 
 def test_values_are_what_sql_counts(built: Database) -> None:
@@ -217,13 +185,13 @@ def test_a_failure_stays_until_the_node_runs_again(history: Database) -> None:
 
 
 def test_old_invocations_are_forgotten_but_not_what_failed_nor_when_a_model_was_built(
-    history: Database, target: Path
+    history: Database, dbt: Dbt
 ) -> None:
     before = read(history)
     failed = {"test.diabetes.lookups_are_total": "fail", "model.diabetes.no_more": "error"}
     invoked(history, failed | {"model.diabetes.diabetes_test": "skipped"})
     invoked(history, DRIFT_BUILD, count=60)
-    assert dbt(history, target, "test", "--select", "clip_bounds_hold") == 0
+    assert dbt("test", "--select", "clip_bounds_hold").returncode == 0
     made_up = history.rows(
         """select unique_id, status, count(*) from monitoring.dbt_results
         where invocation_id like 'made up%' group by 1, 2 order by 1"""
@@ -240,7 +208,7 @@ def test_old_invocations_are_forgotten_but_not_what_failed_nor_when_a_model_was_
     assert found["dbt_results"]["test", "fail"] == 1
 
 
-def test_a_reader_is_not_disturbed_and_stores_nothing(built: Database, target: Path) -> None:
+def test_a_reader_is_not_disturbed_and_stores_nothing(dbt: Dbt, built: Database) -> None:
     built.rows(
         """create role reader login password 'only for tests';
         grant usage on schema clean_data, intermediate, monitoring to reader;
@@ -248,19 +216,12 @@ def test_a_reader_is_not_disturbed_and_stores_nothing(built: Database, target: P
     )
     count = "select count(*) from monitoring.dbt_results"
     before = built.rows(count)
-    reader = {"DIABETES_DB_USER": "reader", "DIABETES_DB_PASSWORD": "only for tests"}
-    select = ("--select", "clip_bounds_hold")
+    reader = Dbt(replace(built, user="reader", password="only for tests"), dbt.target)
     try:
-        assert dbt(built, target, "test", *select, **reader) == 0
+        assert reader("test", "--select", "clip_bounds_hold").returncode == 0
         assert built.rows(count) == before
         # Nor does the exporter need more than it may see.
-        login = built.dsn.replace("user=postgres", "user=reader")
-        told = {
-            metric.name: metric
-            for metric in DatabaseReader(
-                login.replace("password=only-for-tests", "password='only for tests'")
-            ).read()
-        }
+        told = {metric.name: metric for metric in DatabaseReader(reader.database.dsn).read()}
         assert "pipeline_split_rows" in told
         assert not told.keys() & {"pipeline_load_rows", "dbt_results"}
         assert up(told["pipeline_question_up"]) == {

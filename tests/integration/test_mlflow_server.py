@@ -15,7 +15,8 @@ from services.airflow import COMPONENTS, STATSD_PORT
 from services.mlflow_server import MlflowError, MlflowServer, client_environment
 from services.platform import Platform
 from settings import Settings
-from tests.conftest import MLFLOW_PASSWORD, Database
+from tests.conftest import MLFLOW_PASSWORD
+from tests.warehouse import Database
 
 SEARCH = "api/2.0/mlflow/experiments/search"
 
@@ -76,6 +77,13 @@ def test_foreign_hosts_and_origins_are_refused(mlflow_server: str) -> None:
         assert status(Host=host) == 403, host
     assert status(Origin=mlflow_server) == 200
     assert status(Origin="http://evil.example") == 403
+
+
+def test_only_the_loopback_address_is_listened_on(mlflow_server: str) -> None:
+    port = mlflow_server.rsplit(":", 1)[1]
+    # Of a server on every address, this one is answered too.
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"http://127.0.0.2:{port}/health", timeout=30)
 
 
 def test_second_start_finds_the_running_server(mlflow_server: str, server_state: Path) -> None:

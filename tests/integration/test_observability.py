@@ -37,7 +37,7 @@ from services.observability import (
 )
 from services.web import EXPORTER
 from settings import Settings
-from tests.conftest import Database
+from tests.warehouse import Database
 
 if TYPE_CHECKING:
     from tests.served import Api

@@ -9,21 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import psycopg2
 import pytest
 import sqlglot
 from sqlglot import exp
 
 from services.mlflow_server import client_environment
-from tests.conftest import Database
-from tests.dbt.test_project import Dbt, ingest
+from tests.warehouse import Database
 from training import candidates, data, evaluate, features, inference, publish
 from training.candidates import Table, never_stop
 from training.features import RAW_FIELDS, SOURCE
@@ -37,31 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Operation with range:DeprecationWarning"),
     pytest.mark.filterwarnings(r"ignore:(?s).*Any type hint is inferred"),
 ]
-
-
-@contextmanager
-def made_database(port: int, name: str, template: str = "template1") -> Iterator[Database]:
-    """A database for a whole module, or a copy of one for a test."""
-    connection = psycopg2.connect(Database(port, "postgres").dsn)
-    connection.autocommit = True
-    with closing(connection):
-        cursor = connection.cursor()
-        cursor.execute(f"create database {name} template {template}")
-        try:
-            yield Database(port, name)
-        finally:
-            cursor.execute(f"drop database {name} with (force)")
-
-
-@pytest.fixture(scope="module")
-def real(
-    server_port: int, real_zip: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Database]:
-    """The real file, loaded and built."""
-    with made_database(server_port, f"parity_{os.getpid()}") as database:
-        ingest(database, real_zip)
-        Dbt(database, tmp_path_factory.mktemp("dbt")).build("--exclude-resource-type", "test")
-        yield database
 
 
 @pytest.fixture(scope="module")
@@ -259,18 +230,22 @@ def test_probabilities_through_mlflow_are_those_of_clean_data(
     run_id = client.create_run(experiment).info.run_id
     loaded = mlflow.pyfunc.load_model(publish._log_model(run_id, folder).model_uri)
 
-    frame = pd.DataFrame({field.name: raw[field.name] for field in RAW_FIELDS})
+    # Every fifth: their features are equal for all (above), and the scorer is the same.
+    some = slice(None, None, 5)
+    frame = pd.DataFrame({field.name: raw[field.name][some] for field in RAW_FIELDS})
     numbers = [field.name for field in RAW_FIELDS if field.kind not in ("category", "icd9")]
     frame[numbers] = frame[numbers].astype(float)
     answer = loaded.predict(frame, params={"top": 0})
-    by_id = pd.Series(answer["probability"].to_numpy(), index=raw["encounter_id"])
+    by_id = pd.Series(answer["probability"].to_numpy(), index=raw["encounter_id"][some])
 
     scorer = Scorer(folder)
     rows = 0
     for split, of_split in encounters.items():
         expected = scorer.probabilities(of_split.matrix(scorer.encoder))
-        found = by_id.loc[of_split.ids].to_numpy()
+        asked = np.isin(of_split.ids, by_id.index)
+        expected = expected[asked]
+        found = by_id.loc[of_split.ids[asked]].to_numpy()
         assert np.abs(found - expected).max() <= 1e-9, split
         assert len(np.unique(found)) > 1000, split
-        rows += len(of_split)
-    assert rows == PUBLISHED
+        rows += len(found)
+    assert rows > PUBLISHED / 6

@@ -19,7 +19,7 @@ from services import processes
 from services.postgres import Postgres, PostgresError
 from services.state import Secrets, write_shell_environment
 from settings import PROJECT_ROOT
-from tests.conftest import Database
+from tests.warehouse import Database
 
 FAMILY = """
 import os, signal, subprocess, sys, time

@@ -186,6 +186,19 @@ def log_odds(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
+def test_predict_sh_shows_the_risk_with_its_reasons(api: Api) -> None:
+    done = subprocess.run(
+        [PROJECT_ROOT / "scripts" / "predict.sh"],
+        env={**os.environ, "DIABETES_API_URL": api.url},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer = json.loads(done.stdout)
+    assert 0 < answer["probability"] < 1
+    assert len(answer["reasons"]) == 5
+
+
 def test_alerts_are_those_of_the_rate_that_was_asked_for(api: Api) -> None:
     known = api.get("/v1/model").json()["thresholds"]
     assert set(known) == {"0.1", "0.2"}
@@ -429,7 +442,7 @@ def test_only_who_has_a_key_is_answered(registered: Registered, tmp_path: Path) 
 
 
 def test_ready_names_the_champion_and_ends_cleanly(registered: Registered, tmp_path: Path) -> None:
-    with running_api(tmp_path, registered) as api:
+    with running_api(tmp_path, registered, empty_cache=True) as api:
         assert api.get("/readyz").json() == {"status": "ok", "model_version": registered.champion}
         assert api.stop() == 0
 
@@ -437,7 +450,7 @@ def test_ready_names_the_champion_and_ends_cleanly(registered: Registered, tmp_p
 def test_not_ready_says_why(registered: Registered, tmp_path: Path) -> None:
     alias = {"DIABETES_API_ALIAS": "nobody"}
     with running_api(tmp_path, registered, wait=False, **alias) as api:
-        wait_until(lambda: "has the alias nobody" in readiness(api))
+        wait_until(lambda: "has the alias nobody" in api.readiness())
         assert api.get("/livez").status_code == 200
         lines = api.get("/metrics").text.splitlines()
         # Rules see the first case of each, too.
@@ -453,13 +466,6 @@ def test_not_ready_says_why(registered: Registered, tmp_path: Path) -> None:
         }
         answer = api.post("/v1/predict", json=ENCOUNTER)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
-
-
-def readiness(api: Api) -> str:
-    try:
-        return api.get("/readyz").text
-    except OSError:
-        return ""
 
 
 def test_a_second_service_on_the_same_state_ends_with_one_message(

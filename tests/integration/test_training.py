@@ -23,9 +23,7 @@ import requests
 from services import processes
 from services.mlflow_server import MlflowServer, client_environment
 from settings import settings
-from tests.conftest import Database
-from tests.dbt.test_project import Dbt, ingest_synthetic
-from tests.integration.test_parity import made_database
+from tests.warehouse import Database, new_database
 from training import data, evaluate, features, gates, publish
 from training.__main__ import main
 from training.errors import TrainingError
@@ -44,8 +42,6 @@ pytestmark = [
 
 SPEC = Spec(candidates=("lightgbm", "logistic_regression"), trials=4, threads=1)
 QUICK = ("--candidates", "logistic_regression", "--trials", "1", "--no-learning-curve")
-BATCH_SIZE = 3_000
-
 OPEN = tuple((name, None, None) for name, *_ in gates._BOUNDS)
 """Bounds that any model passes: a thousand synthetic encounters are too few for the real ones."""
 SHUT = (("auroc", 0.99, None),)
@@ -165,27 +161,11 @@ class Lab:
         return version
 
 
-@pytest.fixture(scope="module")
-def built(server_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    """Synthetic encounters in three batches. Nobody connects to it: it is copied."""
-    folder = tmp_path_factory.mktemp("built")
-    with made_database(server_port, f"training_{os.getpid()}") as database:
-        ingest_synthetic(database, folder, 12_000)
-        dbt = Dbt(database, folder / "target")
-        dbt.build("--exclude-resource-type", "test", batch_size=BATCH_SIZE)
-        yield database
-
-
-@pytest.fixture(scope="module")
-def definition(built: Database) -> dict[str, Any]:
-    return features.read(built.dsn)
-
-
 @contextmanager
 def made_lab(built: Database, definition: dict[str, Any], uri: str, folder: Path) -> Iterator[Lab]:
     name = f"lab_{uuid.uuid4().hex[:8]}"
     with (
-        made_database(built.port, name, template=built.name) as database,
+        new_database(built.port, name, template=built.name) as database,
         pytest.MonkeyPatch.context() as monkeypatch,
     ):
         # dbt says the same of every copy, and takes seconds.

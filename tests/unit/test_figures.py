@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,17 +193,3 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
     assert first == all_figures()
     assert len(set(first)) == len(first)
     assert not any(word in png for png in first for word in (b"Software", b"tIME", b"Date"))
-
-
-def test_nothing_global_is_touched(tmp_path: Path) -> None:
-    """In a process of its own: another test may have imported pyplot."""
-    code = (
-        "import sys, pathlib, numpy as np\n"
-        "from training import figures\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "figure = figures.roc(np.array([0, 1], np.int8), np.array([0.1, 0.2]))\n"
-        f"figures.save(figure, pathlib.Path({str(tmp_path / 'roc.png')!r}))\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
-    )
-    project = Path(figures.__file__).parents[1]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=project)

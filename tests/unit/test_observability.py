@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from services import airflow
 from services.observability import (
@@ -23,7 +17,6 @@ from services.observability import (
     ObservabilityError,
     configuration,
     find_tool,
-    free_udp_port,
 )
 from services.state import Secrets
 from settings import PROJECT_ROOT, Settings
@@ -57,27 +50,6 @@ def test_a_path_that_is_no_program_is_one_clear_error(tmp_path: Path) -> None:
             find_tool(PROMETHEUS, str(path))
     text.chmod(0o755)
     assert find_tool(PROMETHEUS, str(text)) == text
-
-
-def test_a_wrong_setting_ends_make_up_before_anything_is_started(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "services", "up"],
-        cwd=PROJECT_ROOT,
-        env={
-            **os.environ,
-            "DIABETES_STATE_DIR": str(tmp_path),
-            "DIABETES_ALERTMANAGER": "/no/such/alertmanager",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines() == [
-        "error: DIABETES_ALERTMANAGER is /no/such/alertmanager, which is no program; "
-        "name its file, or say off"
-    ]
-    assert not (tmp_path / "postgres" / "data").exists()
 
 
 def test_what_is_missing_is_said_in_a_line_each_and_nothing_is_started(
@@ -114,30 +86,6 @@ def test_configuration_names_each_job_once_and_its_target() -> None:
     (rules,) = made["rule_files"]
     assert rules == str(PROJECT_ROOT / "monitoring" / "prometheus" / "rules" / "*.yaml")
     assert "alerting" not in configuration({})
-
-
-@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool on the PATH")
-@pytest.mark.parametrize(
-    ("rule", "code"), [("up == 0", 0), ("up ==", 1)], ids=["a rule", "a broken rule"]
-)
-def test_promtool_accepts_the_configuration(tmp_path: Path, rule: str, code: int) -> None:
-    rules = tmp_path / "rules.yaml"
-    group = {"name": "of_a_test", "rules": [{"alert": "Down", "expr": rule}]}
-    rules.write_text(yaml.safe_dump({"groups": [group]}))
-    file = tmp_path / "prometheus.yaml"
-    made = configuration({"api": "127.0.0.1:1"}, alertmanager="127.0.0.1:2", rules=[rules])
-    file.write_text(yaml.safe_dump(made))
-    done = subprocess.run(
-        ["promtool", "check", "config", str(file)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-
-
-def test_a_taken_udp_port_is_left_alone() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-        assert free_udp_port(port) != port
 
 
 def test_airflow_counts_only_where_somebody_listens(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import yaml
 from services import airflow
 from services.state import Secrets
 from settings import PROJECT_ROOT, Settings
-from tests.deploy import manifests
+from tests.manifests import manifests
 
 FOLDER = PROJECT_ROOT / "infra" / "k8s" / "airflow"
 LAYERS = {

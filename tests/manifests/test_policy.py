@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy import policy
-from tests.deploy.manifests import Object, find
-from tests.deploy.policy import Peer
+from tests.manifests import policy
+from tests.manifests.manifests import Object, find
+from tests.manifests.policy import Peer
 
 HASHED = "settings-5g5b7cdf9k"
 SECRETS = {"store-credentials": ["password"], "page-credentials": ["key.ini"]}

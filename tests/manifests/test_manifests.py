@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from settings import PROJECT_ROOT
-from tests.deploy import policy
-from tests.deploy.manifests import K8S, Object, container, find, render
-from tests.deploy.policy import Peer
+from tests.manifests import manifests, policy
+from tests.manifests.manifests import K8S, Object, container, find, render
+from tests.manifests.policy import Peer
 
 OVERLAYS = ("microk8s", "production", "seaweedfs")
 TASKS = ("load-test", "postgres-restore", "smoke-test")
@@ -399,6 +399,22 @@ def test_connections_that_settings_imply_are_open(overlay: str) -> None:
         inside.add(("prometheus", "minio", METRICS[overlay]))
         unused = {path for path in inside if not path[0].startswith("airflow-")} - implied
         assert unused == BY_SECRET, "a path is open that nobody is told to use"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_api_without_a_model_lives_and_gets_no_requests(overlay: str) -> None:
+    spec = manifests.pod(find(render(f"overlays/{overlay}"), "StatefulSet", "api"))
+    assert spec is not None
+    probes = {
+        kind: probe["httpGet"]["path"]
+        for kind, probe in container(spec, "api").items()
+        if kind.endswith("Probe")
+    }
+    assert probes == {
+        "startupProbe": "/livez",
+        "livenessProbe": "/livez",
+        "readinessProbe": "/readyz",
+    }
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

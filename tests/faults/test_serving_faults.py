@@ -28,8 +28,9 @@ from ingestion.synthetic import csv_blocks
 from services import processes
 from services.mlflow_server import MlflowServer, client_environment
 from services.postgres import Postgres, PostgresError, address
-from tests.conftest import MLFLOW_PASSWORD, Database
+from tests.conftest import MLFLOW_PASSWORD
 from tests.served import WARNINGS, Api, Registered, as_json, running_api, synthetic, wait_until
+from tests.warehouse import Database
 
 pytestmark = WARNINGS
 
@@ -164,8 +165,8 @@ def test_mlflow_is_killed_and_comes_back(
         assert probability(again.url, ENCOUNTERS[0]) == before
         assert again.metric(loads("swapped")) == 1
 
-        with running_api(tmp_path / "empty", mine, wait=False) as empty:
-            wait_until(lambda: "no version is in the cache" in readiness(empty))
+        with running_api(tmp_path / "empty", mine, wait=False, empty_cache=True) as empty:
+            wait_until(lambda: "no version is in the cache" in empty.readiness())
             answer = empty.get("/readyz")
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
             assert "MLflow at" in answer.json()["detail"]
@@ -177,13 +178,6 @@ def test_mlflow_is_killed_and_comes_back(
             assert empty.get("/v1/model").json()["source"] == "registry"
             assert probability(empty.url, ENCOUNTERS[0]) == before
         wait_until(lambda: again.get("/v1/model").json()["source"] == "registry")
-
-
-def readiness(api: Api) -> str:
-    try:
-        return api.get("/readyz").text
-    except OSError:
-        return ""
 
 
 def reason_of(api: Api, registered: Registered) -> str:

@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from settings import PROJECT_ROOT
-from tests.deploy import policy
-from tests.deploy.manifests import K8S, Object, container, find, pod, render
-from tests.deploy.policy import Peer
-from tests.deploy.test_compose import load_compose, mounts
-from tests.deploy.test_manifests import OUTSIDE, OVERLAYS, STRANGER, peers
+from tests.manifests import policy
+from tests.manifests.manifests import K8S, Object, container, find, pod, render
+from tests.manifests.policy import Peer
+from tests.manifests.test_compose import load_compose, mounts
+from tests.manifests.test_manifests import OUTSIDE, OVERLAYS, STRANGER, peers
 
 MONITORING = PROJECT_ROOT / "monitoring"
 JOBS = {"prometheus", "alertmanager", "api", "mlflow", "postgres", "airflow", "pipeline"}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from settings import PROJECT_ROOT
-from tests.deploy.test_images import IMAGES, LIMIT
+from tests.manifests.test_images import IMAGES, LIMIT
 
 PROJECT = f"diabetes-test-{os.getpid()}"
 

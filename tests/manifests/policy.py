@@ -17,8 +17,8 @@ from zoneinfo import available_timezones
 import kubernetes_validate
 from croniter import croniter
 
-from tests.deploy import manifests
-from tests.deploy.manifests import Object
+from tests.manifests import manifests
+from tests.manifests.manifests import Object
 
 NAMESPACE = "diabetes-mlops"
 PART_OF = "diabetes-readmission"

@@ -1,7 +1,7 @@
 """compose.yaml: hardened, in the right order, with the manifests' images and settings; and the
 credentials that it makes.
 
-tests/deploy/test_docker_lane.py runs it where there is a Docker engine.
+tests/cluster/test_docker_lane.py runs it where there is a Docker engine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from settings import PROJECT_ROOT, Settings
-from tests.deploy import manifests, policy
+from tests.manifests import manifests, policy
 
 COMPOSE = PROJECT_ROOT / "compose.yaml"
 SCRIPT = PROJECT_ROOT / "infra" / "compose" / "credentials.py"

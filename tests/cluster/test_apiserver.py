@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.deploy.apiserver import Behaviour, Fault, Server, running
-from tests.deploy.manifests import KUBECTL
+from tests.manifests.manifests import KUBECTL
 
 
 class Kubectl:

@@ -1,0 +1,201 @@
+"""The Job that brings MLflow's database to the image's version, on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psycopg2
+import pytest
+from psycopg2.extensions import parse_dsn
+
+from infra.jobs import (
+    init_storage,
+    watchers,
+)
+from infra.jobs.sets import Sets
+from services import databases
+from settings import PROJECT_ROOT
+from tests.deploy.storage import Storage
+from tests.deploy.test_jobs import Run
+from tests.warehouse import Database
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """A job in this process: its exit code, standard output and standard error."""
+
+    def main(job: Callable[[list[str]], int], *arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = job(list(arguments))
+        return code, *capfd.readouterr()
+
+    return main
+
+
+@pytest.fixture
+def buckets(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Names of this test's buckets, which do not exist yet, and the storage's environment."""
+    names = tuple(f"{kind}-{time.time_ns()}" for kind in ("mlflow", "backups"))
+    for name, value in {
+        **storage.environment,
+        "MLFLOW_BUCKET": names[0],
+        "BACKUP_BUCKET": names[1],
+    }.items():
+        monkeypatch.setenv(name, value)
+    return names[0], names[1]
+
+
+@pytest.fixture
+def roles(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], dict[str, str]]]:
+    """Names of this test's roles with their passwords, and the superuser's environment."""
+    stem = database.name
+    login = parse_dsn(database.dsn)
+    for name, value in {
+        "PGHOST": login["host"],
+        "PGPORT": login["port"],
+        "PGUSER": login["user"],
+        "PGPASSWORD": login["password"],
+    }.items():
+        monkeypatch.setenv(name, value)
+    names = tuple(f"{stem}_{owner}" for owner in init_storage.DATABASES)
+    watching = tuple(f"{stem}_{owner}" for owner in ("monitoring", "reader"))
+    monkeypatch.setattr(init_storage, "DATABASES", names)
+    monkeypatch.setattr(watchers, "DATA", f"{stem}_{watchers.DATA}")
+    monkeypatch.setattr(databases, "MONITOR", watching[0])
+    monkeypatch.setattr(watchers, "READER", watching[1])
+    monkeypatch.setenv("MONITORING_PASSWORD", "of monitoring: %/@?'")
+    monkeypatch.setenv("READER_PASSWORD", "of reader: %/@?'")
+
+    def passwords() -> dict[str, str]:
+        for name in names:
+            monkeypatch.setenv(f"{name.upper()}_PASSWORD", f"of {name}: %/@?'")
+        return {name: f"of {name}: %/@?'" for name in names}
+
+    yield passwords
+    with closing(psycopg2.connect(database.dsn)) as connection:
+        connection.autocommit = True
+        cursor = connection.cursor()
+        for name in names:
+            cursor.execute(f"drop database if exists {name} with (force)")
+            cursor.execute(f"drop role if exists {name}")
+        for name in watching:
+            cursor.execute(f"drop role if exists {name}")
+
+
+# --- backups -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sets(storage: Storage, buckets: tuple[str, str]) -> Sets:
+    """An empty bucket for backups."""
+    storage.client.create_bucket(Bucket=buckets[1])
+    return Sets(storage.client, buckets[1])
+
+
+@pytest.fixture
+def dumps(tmp_path: Path) -> Path:
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    for name in ("mlflow", "diabetes"):
+        (folder / f"{name}.dump").write_bytes(b"PGDMP" + name.encode() * 1000)
+    return folder
+
+
+# --- MLflow's tables ------------------------------------------------------------------------
+
+OLDER = """
+import sys, sqlalchemy
+from alembic import command
+from alembic.script import ScriptDirectory
+from mlflow.store.db import utils
+
+uri = sys.argv[1]
+engine = sqlalchemy.create_engine(uri)
+utils.InitialBase.metadata.create_all(engine)
+config = utils._get_alembic_config(uri)
+(head,) = ScriptDirectory.from_config(config).get_heads()
+with engine.begin() as connection:
+    config.attributes["connection"] = connection
+    command.upgrade(config, f"{head}-1")
+"""
+HEADS = "select version_num from alembic_version union select version_num from alembic_version_auth"
+
+
+def uri(database: Database) -> str:
+    login = parse_dsn(database.dsn)
+    return (
+        f"postgresql+psycopg2://{login['user']}:{login['password']}"
+        f"@{login['host']}:{login['port']}/{login['dbname']}"
+    )
+
+
+def migrated(database: Database) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "infra.jobs.migrate", "--timeout=5"],
+        cwd=PROJECT_ROOT,
+        env={"PATH": "", "MLFLOW_BACKEND_STORE_URI": uri(database)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_migration_of_an_empty_then_a_current_database(database: Database) -> None:
+    done = migrated(database)
+    assert done.returncode == 0, done.stderr
+    heads = sorted(str(head) for (head,) in database.rows(HEADS))
+    assert len(heads) == 2
+    assert "MLflow's tables migrated: none -> " in done.stdout
+    assert all(head in done.stdout for head in heads)
+    database.rows("insert into experiments (name, lifecycle_stage) values ('kept', 'active')")
+    again = migrated(database)
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do" in again.stdout.splitlines()[-1]
+    assert database.rows("select name from experiments") == [("kept",)]
+    assert sorted(str(head) for (head,) in database.rows(HEADS)) == heads
+
+
+def test_migration_of_an_older_database_keeps_its_rows(database: Database) -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", OLDER, uri(database)], check=True)
+    ((older,),) = database.rows("select version_num from alembic_version")
+    database.rows("insert into experiments (name, lifecycle_stage) values ('kept', 'active')")
+    done = migrated(database)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"migrated: {older} -> \w+, \w+$", done.stdout.strip())
+    assert database.rows("select name from experiments") == [("kept",)]
+    assert database.rows("select version_num from alembic_version") != [(older,)]
+
+
+def test_migration_refuses_the_tables_of_a_newer_mlflow(database: Database) -> None:
+    assert migrated(database).returncode == 0
+    database.rows("update alembic_version set version_num = 'ffffffffffff'")
+    done = migrated(database)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(r"error: the tables are of a newer MLflow than this image's .*", last)
+    assert "ffffffffffff" in last
+    assert database.rows("select version_num from alembic_version") == [("ffffffffffff",)]
+
+
+def test_migration_with_a_wrong_password_is_one_message(run: Run, database: Database) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        wrong = re.sub(r":[^:@/]+@", ":wrong@", uri(database))
+        monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", wrong)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "infra.jobs.migrate"],
+            cwd=PROJECT_ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "error: PostgreSQL refuses the login of MLFLOW_BACKEND_STORE_URI" in done.stderr
+    assert "Traceback" not in done.stderr
