@@ -21,7 +21,7 @@ import pytest
 _GROUP = re.compile(r"@[\w./-]+$")
 """What xdist adds to the name of a test that belongs to a group."""
 _SLOWEST = 30
-_QUICK_FIXTURE_SECONDS = 1.0
+_QUICK_FIXTURE_SECONDS = 3.0
 """Fixtures that take less in all are not listed."""
 
 
