@@ -6,20 +6,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from pathlib import Path
+from collections.abc import Callable
 
-import psycopg2
 import pytest
 from psycopg2.extensions import parse_dsn
 
-from infra.jobs import (
-    init_storage,
-    watchers,
-)
-from infra.jobs.sets import Sets
-from services import databases
 from settings import PROJECT_ROOT
 from tests.deploy.storage import Storage
 from tests.deploy.test_jobs import Run
@@ -51,62 +42,7 @@ def buckets(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str
     return names[0], names[1]
 
 
-@pytest.fixture
-def roles(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], dict[str, str]]]:
-    """Names of this test's roles with their passwords, and the superuser's environment."""
-    stem = database.name
-    login = parse_dsn(database.dsn)
-    for name, value in {
-        "PGHOST": login["host"],
-        "PGPORT": login["port"],
-        "PGUSER": login["user"],
-        "PGPASSWORD": login["password"],
-    }.items():
-        monkeypatch.setenv(name, value)
-    names = tuple(f"{stem}_{owner}" for owner in init_storage.DATABASES)
-    watching = tuple(f"{stem}_{owner}" for owner in ("monitoring", "reader"))
-    monkeypatch.setattr(init_storage, "DATABASES", names)
-    monkeypatch.setattr(watchers, "DATA", f"{stem}_{watchers.DATA}")
-    monkeypatch.setattr(databases, "MONITOR", watching[0])
-    monkeypatch.setattr(watchers, "READER", watching[1])
-    monkeypatch.setenv("MONITORING_PASSWORD", "of monitoring: %/@?'")
-    monkeypatch.setenv("READER_PASSWORD", "of reader: %/@?'")
-
-    def passwords() -> dict[str, str]:
-        for name in names:
-            monkeypatch.setenv(f"{name.upper()}_PASSWORD", f"of {name}: %/@?'")
-        return {name: f"of {name}: %/@?'" for name in names}
-
-    yield passwords
-    with closing(psycopg2.connect(database.dsn)) as connection:
-        connection.autocommit = True
-        cursor = connection.cursor()
-        for name in names:
-            cursor.execute(f"drop database if exists {name} with (force)")
-            cursor.execute(f"drop role if exists {name}")
-        for name in watching:
-            cursor.execute(f"drop role if exists {name}")
-
-
 # --- backups -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sets(storage: Storage, buckets: tuple[str, str]) -> Sets:
-    """An empty bucket for backups."""
-    storage.client.create_bucket(Bucket=buckets[1])
-    return Sets(storage.client, buckets[1])
-
-
-@pytest.fixture
-def dumps(tmp_path: Path) -> Path:
-    folder = tmp_path / "dumps"
-    folder.mkdir()
-    for name in ("mlflow", "diabetes"):
-        (folder / f"{name}.dump").write_bytes(b"PGDMP" + name.encode() * 1000)
-    return folder
 
 
 # --- MLflow's tables ------------------------------------------------------------------------
