@@ -7,7 +7,7 @@ SETUP_TESTS := scripts/setup.sh dev && scripts/setup.sh policy
 # Two processes for two cores; tests that share a server run in the same one (tests/conftest.py).
 PROCESSES := 2
 PYTEST = $(PYTHON_BIN) -m pytest -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
-# Half of their time is waiting for an alert.
+# One of them waits for alerts most of the time.
 test-faults: PROCESSES := 3
 LONG_LANES := faults load cluster
 LANES := unit dbt dags manifests deploy integration e2e $(LONG_LANES)
@@ -32,7 +32,7 @@ test: ## Set up, lint, and run the quick lanes: one platform, and all that needs
 	@$(SETUP_TESTS)
 	@scripts/lint.sh
 	@$(PYTEST) -m "not long and not e2e"
-	@# A whole platform takes both cores by itself: beside other tests, both take twice as long.
+	@# By itself: beside other tests the platform takes twice as long (docs/testing.md).
 	@$(PYTHON_BIN) -m pytest -m e2e
 
 test-all: test $(LONG_LANES:%=test-%) ## Run test, then the long lanes (one alone: test-unit, test-dbt, ... test-cluster)

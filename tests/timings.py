@@ -1,6 +1,6 @@
 """Where a test run's seconds go: by lane, by fixture, by test.
 
-`pytest --timings FILE` adds what the run took to FILE (JSON); `python -m tests.timings FILE` prints
+`pytest --timings=FILE` adds what the run took to FILE (JSON); `python -m tests.timings FILE` prints
 it as the tables of docs/testing.md. Seconds are those of the tests, added up over all workers.
 """
 

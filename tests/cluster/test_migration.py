@@ -5,47 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import pytest
 from psycopg2.extensions import parse_dsn
 
 from settings import PROJECT_ROOT
-from tests.deploy.storage import Storage
-from tests.deploy.test_jobs import Run
 from tests.warehouse import Database
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """A job in this process: its exit code, standard output and standard error."""
-
-    def main(job: Callable[[list[str]], int], *arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = job(list(arguments))
-        return code, *capfd.readouterr()
-
-    return main
-
-
-@pytest.fixture
-def buckets(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """Names of this test's buckets, which do not exist yet, and the storage's environment."""
-    names = tuple(f"{kind}-{time.time_ns()}" for kind in ("mlflow", "backups"))
-    for name, value in {
-        **storage.environment,
-        "MLFLOW_BUCKET": names[0],
-        "BACKUP_BUCKET": names[1],
-    }.items():
-        monkeypatch.setenv(name, value)
-    return names[0], names[1]
-
-
-# --- backups -------------------------------------------------------------------------------
-
-
-# --- MLflow's tables ------------------------------------------------------------------------
 
 OLDER = """
 import sys, sqlalchemy
@@ -121,7 +86,7 @@ def test_migration_refuses_the_tables_of_a_newer_mlflow(database: Database) -> N
     assert database.rows("select version_num from alembic_version") == [("ffffffffffff",)]
 
 
-def test_migration_with_a_wrong_password_is_one_message(run: Run, database: Database) -> None:
+def test_migration_with_a_wrong_password_is_one_message(database: Database) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         wrong = re.sub(r":[^:@/]+@", ":wrong@", uri(database))
         monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", wrong)

@@ -161,9 +161,6 @@ def test_a_second_run_changes_nothing(deployed: Desk, first: First) -> None:
     assert not any("upgrade" in call for call in deployed.calls)
 
 
-# --- what the cluster has, or has not
-
-
 # --- what is not there, or was not meant -------------------------------------------------------
 
 

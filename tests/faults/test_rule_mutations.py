@@ -113,7 +113,4 @@ def test_a_changed_rule_fails_its_tests(copied: Path, name: str, old: str, new: 
     assert "parse error" not in said
 
 
-# --- Alertmanager ---------------------------------------------------------------------------------
-
-
 # --- Airflow's metrics ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ _running: list[str] = []
 
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    # An event's own socket pairs (asyncio's) have no address to bind or connect to.
+    # asyncio's socket pairs raise none of these events: they have no address.
     if event in _FOREIGN and _running:
         raise AssertionError(f"{_running[-1]} {_FOREIGN[event]} ({arguments[:2]}): not a unit test")
 
